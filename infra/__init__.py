@@ -1,0 +1,1 @@
+"""The command line, the embedded local stack and what deploys reelserve."""

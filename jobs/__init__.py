@@ -1,0 +1,1 @@
+"""What a job is: states, requests, the store in Redis, and the settings that every role shares."""

@@ -1,0 +1,86 @@
+"""Settings of every role, read from ``REEL_*`` environment variables (and ``REEL_*_FILE`` secret files)."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Settings(BaseSettings):
+    """One flat, frozen set of settings; each role reads the part that it needs.
+
+    A secret may also come from a file: ``REEL_SECRET_KEY_FILE=/run/secrets/key`` sets ``secret_key``.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="REEL_", frozen=True, extra="ignore")
+
+    # Redis
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    redis_timeout: Seconds = 5.0  # one command's connect and read timeout, seconds
+
+    # S3-compatible storage
+    s3_endpoint: str | None = None  # None: AWS
+    s3_public_endpoint: str | None = None  # what clients reach; presigned URLs use it. None: s3_endpoint
+    s3_bucket: str = "reelserve"
+    s3_region: str = "us-east-1"
+    s3_access_key: str | None = None  # None: boto3's own credential chain
+    s3_secret_key: SecretStr | None = None
+    presign_seconds: int = Field(3600, ge=1, le=604_800)
+
+    # API
+    api_host: str = "127.0.0.1"
+    api_port: int = Field(8080, ge=0, le=65_535)
+    public_url: str | None = None  # this API as clients see it; None: from the request
+    secret_key: SecretStr | None = None  # hashes API keys, encrypts webhook secrets; nodes don't have it
+    default_model: str | None = None  # None: the only registered model, else the request must name one
+    max_body_bytes: int = Field(1_048_576, ge=1024)
+    max_outstanding_per_key: int = Field(1000, ge=1)
+    max_queued: int = Field(200_000, ge=1)
+    idempotency_seconds: int = Field(86_400, ge=60)
+    allow_loopback_callbacks: bool = False  # only the local stack sets it
+
+    # Jobs
+    lease_seconds: Seconds = 15.0
+    sweep_seconds: Seconds = 5.0
+    max_attempts: int = Field(3, ge=1)
+    aging_seconds: Seconds = 600.0  # a waiting job rises one priority level per this many seconds
+    retention_seconds: int = Field(7 * 86_400, ge=60)  # terminal jobs and their videos
+
+    # Node
+    node_id: str | None = None  # None: host name plus a random suffix
+    node_ranks: int = Field(0, ge=0)  # 0: one per visible GPU, or one on a CPU
+    poll_seconds: Seconds = 1.0
+    drain_seconds: Seconds = 600.0  # grace for the running job after SIGTERM
+    step_timeout_seconds: Seconds = 600.0  # a rank silent for longer is taken for hung
+    data_dir: Path = Path(".reel")
+
+    log_level: str = "INFO"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _secrets_from_files(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Read ``REEL_<NAME>_FILE`` for the secrets, as container secrets are mounted."""
+        import os
+
+        for name in ("secret_key", "s3_secret_key", "redis_url"):
+            path = os.environ.get(f"REEL_{name.upper()}_FILE")
+            if path and name not in values:
+                values[name] = Path(path).read_text().strip()
+        return values
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_scheme(cls, value: str) -> str:
+        if not value.startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError(f"got {value!r}, expected redis://, rediss:// or unix://")
+        return value
+
+
+@lru_cache(maxsize=1)
+def get_settings() -> Settings:
+    """The process-wide settings, read once."""
+    return Settings()

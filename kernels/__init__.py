@@ -1,0 +1,1 @@
+"""GPU kernels, one folder an op. Importing this package imports no Triton (transformers probes the name)."""
