@@ -42,6 +42,13 @@ class Settings(BaseSettings):
     max_queued: int = Field(200_000, ge=1)
     idempotency_seconds: int = Field(86_400, ge=60)
     allow_loopback_callbacks: bool = False  # only the local stack sets it
+    rate_limit: int = Field(6000, ge=1)  # requests per key and window; the bucket's size as well
+    rate_window_seconds: int = Field(60, ge=1)
+    heartbeat_seconds: Seconds = 10.0  # event streams: a comment this often, below proxies' idle limits
+    max_wait_seconds: int = Field(60, ge=0)  # the longest `Prefer: wait`
+    max_upload_bytes: int = Field(20_971_520, ge=1024)  # an input image's file
+    max_image_pixels: int = Field(33_554_432, ge=1024)  # width times height before it is decoded
+    metrics_token: SecretStr | None = None  # None: /metrics is open, for a scraper inside the network
 
     # Jobs
     lease_seconds: Seconds = 15.0
