@@ -1,0 +1,73 @@
+"""Attention backends, and what a transformer asks of the sequence it sees.
+
+Shapes: B batch, L query tokens, T key tokens, H heads, K head dimension.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch.nn.functional as F
+from torch import Tensor
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, L, H, K], k and v [B, T, H, K] -> [B, L, H, K]
+
+
+def sdpa(q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v by torch; every key counts (callers cut padding off)."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BTHK, v_BTHK))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+class Sequence(Protocol):
+    """How a model's tokens are laid out over ranks. The model itself knows no process group.
+
+    `length` is always the real number of tokens of the whole sequence, without padding.
+    """
+
+    def shard(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's part of a whole sequence along `dim`, zero-padded at the end to equal parts."""
+        ...
+
+    def gather(self, x: Tensor, dim: int, length: int) -> Tensor:
+        """The inverse of `shard`: the whole sequence on every rank, padding cut off."""
+        ...
+
+    def split(self, first: int, length: int) -> int:
+        """How many of this rank's tokens are among the first `first` of the sequence."""
+        ...
+
+    def self_attention(self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, length: int) -> Tensor:
+        """Attention of this rank's queries over the keys of all ranks; padding is never a key."""
+        ...
+
+    def cross_attention(self, q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> Tensor:
+        """Attention of this rank's queries over keys that every rank holds."""
+        ...
+
+
+class WholeSequence:
+    """One rank holds every token."""
+
+    def __init__(self, attend: Attend = sdpa, cross_attend: Attend | None = None) -> None:
+        self.attend = attend
+        self.cross_attend = cross_attend or attend
+
+    def shard(self, x: Tensor, dim: int) -> Tensor:
+        """All of it."""
+        return x
+
+    def gather(self, x: Tensor, dim: int, length: int) -> Tensor:
+        """All of it."""
+        return x
+
+    def split(self, first: int, length: int) -> int:
+        """All of the first."""
+        return first
+
+    def self_attention(self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, length: int) -> Tensor:
+        """Plain attention."""
+        return self.attend(q_BLHK, k_BLHK, v_BLHK)
+
+    def cross_attention(self, q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> Tensor:
+        """Plain attention over the text."""
+        return self.cross_attend(q_BLHK, k_BTHK, v_BTHK)

@@ -1,0 +1,150 @@
+"""Pieces of the causal 3-D VAE. Parameter names are the official checkpoints'.
+
+A video goes through in chunks: the first frame (or latent) alone, then 4 frames (or 1 latent) at a time.
+Every causal convolution keeps the last frames of its input in a `Stream`, so that chunk by chunk gives
+what the whole video at once would. Nothing is written in place: gradients flow through all chunks.
+
+Shapes: B batch, C channels, T frames, H rows, W columns.
+Facts: the official `wan/modules/vae2_1.py` and `vae2_2.py` (Wan-Video/Wan2.2, Apache-2.0).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Stream:
+    """What the layers remember between the chunks of one video."""
+
+    def __init__(self) -> None:
+        self.first = True  # whether the present chunk is the video's first
+        self.past: dict[nn.Module, Tensor] = {}  # each causal layer's last input frames
+
+    def remember(self, layer: nn.Module, x_BCTHW: Tensor, frames: int) -> Tensor:
+        """x with the `frames` frames before it in front (zeros before the video); keeps x's last ones."""
+        past = self.past.get(layer)
+        if past is None:
+            b, c, _, h, w = x_BCTHW.shape
+            past = x_BCTHW.new_zeros(b, c, frames, h, w)
+        x_BCTHW = torch.cat((past, x_BCTHW), dim=2)
+        self.past[layer] = x_BCTHW[:, :, -frames:]
+        return x_BCTHW
+
+
+class CausalConv3d(nn.Conv3d):
+    """A convolution that sees no later frame: all its temporal padding is in the past."""
+
+    def __init__(self, in_dim: int, out_dim: int, kernel: int | tuple[int, int, int]) -> None:
+        size = (kernel,) * 3 if isinstance(kernel, int) else kernel
+        super().__init__(in_dim, out_dim, size, padding=(0, size[1] // 2, size[2] // 2))
+
+    def stream(self, x_BCTHW: Tensor, stream: Stream) -> Tensor:
+        """The next chunk's output."""
+        frames = self.kernel_size[0] - 1
+        return self(stream.remember(self, x_BCTHW, frames) if frames else x_BCTHW)
+
+
+class ChannelNorm(nn.Module):
+    """x / |x| over channels, times sqrt(C) and a learned gain; in fp32."""
+
+    def __init__(self, dim: int, axes: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim, *(1,) * axes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, ...] normalised, in x's dtype."""
+        y = F.normalize(x.float(), dim=1) * self.gamma.shape[0] ** 0.5 * self.gamma
+        return y.to(x.dtype)
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU, causal convolution, twice, added to a shortcut."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.residual = nn.ModuleDict(  # the official Sequential's indices; 1 and 4 are SiLU, 5 dropout
+            {
+                "0": ChannelNorm(in_dim, 3),
+                "2": CausalConv3d(in_dim, out_dim, 3),
+                "3": ChannelNorm(out_dim, 3),
+                "6": CausalConv3d(out_dim, out_dim, 3),
+            }
+        )
+        self.shortcut = CausalConv3d(in_dim, out_dim, 1) if in_dim != out_dim else nn.Identity()
+
+    def stream(self, x_BCTHW: Tensor, stream: Stream) -> Tensor:
+        """The next chunk's output."""
+        y = x_BCTHW
+        for norm, conv in (("0", "2"), ("3", "6")):
+            y = stream_conv(self.residual[conv], F.silu(self.residual[norm](y)), stream)
+        return y + self.shortcut(x_BCTHW)
+
+
+class AttentionBlock(nn.Module):
+    """One-head self-attention over the pixels of each frame by itself."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(dim, 2)
+        self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
+        self.proj = nn.Conv2d(dim, dim, 1)
+        nn.init.zeros_(self.proj.weight)
+
+    def stream(self, x_BCTHW: Tensor, stream: Stream) -> Tensor:
+        """The next chunk's output; frames don't see one another, so nothing is remembered."""
+        b, c, t, h, w = x_BCTHW.shape
+        x = x_BCTHW.transpose(1, 2).flatten(0, 1)
+        q, k, v = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
+        y = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).reshape(b * t, c, h, w)
+        return x_BCTHW + self.proj(y).unflatten(0, (b, t)).transpose(1, 2)
+
+
+def per_frame(layer: nn.Module, x_BCTHW: Tensor) -> Tensor:
+    """A 2-D layer over every frame."""
+    b, t = x_BCTHW.shape[0], x_BCTHW.shape[2]
+    y: Tensor = layer(x_BCTHW.transpose(1, 2).flatten(0, 1))
+    return y.unflatten(0, (b, t)).transpose(1, 2)
+
+
+class Downsample(nn.Module):
+    """Half the rows and columns, and with `temporal` half the frames; the first frame keeps its own."""
+
+    def __init__(self, dim: int, temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
+        self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
+
+    def stream(self, x_BCTHW: Tensor, stream: Stream) -> Tensor:
+        """The next chunk's output. Frame 0 skips the time convolution but is the past of frame 1."""
+        x = per_frame(self.resample, x_BCTHW)
+        if self.time_conv is None:
+            return x
+        if stream.first:
+            stream.past[self] = x
+            return x
+        y: Tensor = self.time_conv(stream.remember(self, x, 1))
+        return y
+
+
+class Upsample(nn.Module):
+    """Twice the rows and columns, and with `temporal` twice the frames, but for the first."""
+
+    def __init__(self, dim: int, out_dim: int, temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(
+            nn.Upsample(scale_factor=2.0, mode="nearest-exact"), nn.Conv2d(dim, out_dim, 3, padding=1)
+        )
+        self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
+
+    def stream(self, x_BCTHW: Tensor, stream: Stream) -> Tensor:
+        """The next chunk's output. Frame 0 skips the time convolution; later frames see zeros for it."""
+        if self.time_conv is not None and not stream.first:
+            pairs = self.time_conv.stream(x_BCTHW, stream).unflatten(1, (2, -1))  # [B, 2, C, T, H, W]
+            x_BCTHW = pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+        return per_frame(self.resample, x_BCTHW)
+
+
+def stream_conv(layer: nn.Module, x_BCTHW: Tensor, stream: Stream) -> Tensor:
+    """`layer.stream` of a causal convolution held in a container."""
+    assert isinstance(layer, CausalConv3d)
+    return layer.stream(x_BCTHW, stream)
