@@ -1,0 +1,104 @@
+"""Prompts to embeddings: the UMT5 encoder of transformers with the official checkpoint's weights.
+
+A prompt runs at its own length, not padded to 512: padding is masked in every layer, so the embeddings of
+real tokens are the same (but for the order of sums), at a fraction of the work. What follows the prompt's
+end is zeros, as the official pipeline has it.
+
+Shapes: T text tokens, E embedding width.
+"""
+
+import html
+import re
+from pathlib import Path
+from typing import Any
+
+import ftfy
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+
+OFFICIAL_TO_TRANSFORMERS = (
+    (r"^token_embedding\.weight$", "shared.weight"),
+    (r"^norm\.weight$", "encoder.final_layer_norm.weight"),
+    (r"^blocks\.(\d+)\.norm1\.weight$", r"encoder.block.\1.layer.0.layer_norm.weight"),
+    (r"^blocks\.(\d+)\.norm2\.weight$", r"encoder.block.\1.layer.1.layer_norm.weight"),
+    (r"^blocks\.(\d+)\.attn\.([qkvo])\.weight$", r"encoder.block.\1.layer.0.SelfAttention.\2.weight"),
+    (
+        r"^blocks\.(\d+)\.pos_embedding\.embedding\.weight$",
+        r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias.weight",
+    ),
+    (r"^blocks\.(\d+)\.ffn\.gate\.0\.weight$", r"encoder.block.\1.layer.1.DenseReluDense.wi_0.weight"),
+    (r"^blocks\.(\d+)\.ffn\.fc1\.weight$", r"encoder.block.\1.layer.1.DenseReluDense.wi_1.weight"),
+    (r"^blocks\.(\d+)\.ffn\.fc2\.weight$", r"encoder.block.\1.layer.1.DenseReluDense.wo.weight"),
+)
+
+
+def transformers_name(official: str) -> str:
+    """The name in `UMT5EncoderModel` of an official UMT5 tensor; an unknown name comes back as it is."""
+    for pattern, replacement in OFFICIAL_TO_TRANSFORMERS:
+        name, hits = re.subn(pattern, replacement, official)
+        if hits:
+            return name
+    return official
+
+
+def clean_prompt(prompt: str) -> str:
+    """The official cleaning: mend mojibake, undo HTML escapes twice, collapse whitespace."""
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def umt5_config(vocab: int, dim: int, attention_dim: int, ffn_dim: int, heads: int, layers: int) -> UMT5Config:
+    """A UMT5 encoder's configuration; the buckets of relative positions are always 32 up to 128 tokens."""
+    return UMT5Config(
+        vocab_size=vocab,
+        d_model=dim,
+        d_kv=attention_dim // heads,
+        d_ff=ffn_dim,
+        num_heads=heads,
+        num_layers=layers,
+        relative_attention_num_buckets=32,
+        relative_attention_max_distance=128,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        layer_norm_epsilon=1e-6,
+        use_cache=False,
+    )
+
+
+def config_from_shapes(shapes: dict[str, tuple[int, ...]]) -> UMT5Config:
+    """The configuration that official UMT5 tensors of these shapes belong to."""
+    vocab, dim = shapes["token_embedding.weight"]
+    heads = shapes["blocks.0.pos_embedding.embedding.weight"][1]
+    layers = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
+    attention_dim = shapes["blocks.0.attn.q.weight"][0]
+    return umt5_config(vocab, dim, attention_dim, shapes["blocks.0.ffn.fc1.weight"][0], heads, layers)
+
+
+class TextEncoder(nn.Module):
+    """UMT5 encoder and tokenizer."""
+
+    def __init__(self, config: UMT5Config, tokenizer: Any, text_len: int = 512) -> None:
+        super().__init__()
+        self.umt5 = UMT5EncoderModel(config)
+        self.tokenizer = tokenizer
+        self.text_len = text_len
+
+    @torch.no_grad()
+    def encode(self, prompt: str) -> Tensor:
+        """[T, E] embeddings of one prompt, T = text_len: real tokens (cut at T), then zeros."""
+        ids = self.tokenize(prompt)
+        device = self.umt5.shared.weight.device
+        ids_1T = torch.tensor([ids], device=device)
+        hidden_1TE = self.umt5(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T)).last_hidden_state
+        return nn.functional.pad(hidden_1TE[0], (0, 0, 0, self.text_len - len(ids)))
+
+    def tokenize(self, prompt: str) -> list[int]:
+        """Token ids of the cleaned prompt with the end mark, at most text_len of them."""
+        ids = self.tokenizer(clean_prompt(prompt), truncation=True, max_length=self.text_len)["input_ids"]
+        return [int(i) for i in ids]
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer saved in a checkpoint's folder (official: google/umt5-xxl), never from the network."""
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
