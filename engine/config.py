@@ -94,6 +94,18 @@ class Progress:
     steps: int
 
 
+@dataclass(frozen=True)
+class GenerationResult:
+    """What a finished generation was; the frames went to the sink."""
+
+    width: int  # pixels; may differ from the asked size where the image decides the aspect
+    height: int
+    frames: int
+    fps: float
+    seed: int
+    seconds: dict[str, float]  # wall seconds of each phase
+
+
 class FrameSink(Protocol):
     """Takes frames in order while later ones are still being decoded."""
 

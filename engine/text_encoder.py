@@ -17,29 +17,44 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
-OFFICIAL_TO_TRANSFORMERS = (
-    (r"^token_embedding\.weight$", "shared.weight"),
-    (r"^norm\.weight$", "encoder.final_layer_norm.weight"),
-    (r"^blocks\.(\d+)\.norm1\.weight$", r"encoder.block.\1.layer.0.layer_norm.weight"),
-    (r"^blocks\.(\d+)\.norm2\.weight$", r"encoder.block.\1.layer.1.layer_norm.weight"),
-    (r"^blocks\.(\d+)\.attn\.([qkvo])\.weight$", r"encoder.block.\1.layer.0.SelfAttention.\2.weight"),
-    (
-        r"^blocks\.(\d+)\.pos_embedding\.embedding\.weight$",
-        r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias.weight",
+# Official name and transformers' name of each tensor; {} is the block's number.
+NAMES = (
+    ("token_embedding.weight", "shared.weight"),
+    ("norm.weight", "encoder.final_layer_norm.weight"),
+    ("blocks.{}.norm1.weight", "encoder.block.{}.layer.0.layer_norm.weight"),
+    ("blocks.{}.norm2.weight", "encoder.block.{}.layer.1.layer_norm.weight"),
+    *(
+        (f"blocks.{{}}.attn.{x}.weight", f"encoder.block.{{}}.layer.0.SelfAttention.{x}.weight")
+        for x in "qkvo"
     ),
-    (r"^blocks\.(\d+)\.ffn\.gate\.0\.weight$", r"encoder.block.\1.layer.1.DenseReluDense.wi_0.weight"),
-    (r"^blocks\.(\d+)\.ffn\.fc1\.weight$", r"encoder.block.\1.layer.1.DenseReluDense.wi_1.weight"),
-    (r"^blocks\.(\d+)\.ffn\.fc2\.weight$", r"encoder.block.\1.layer.1.DenseReluDense.wo.weight"),
+    (
+        "blocks.{}.pos_embedding.embedding.weight",
+        "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight",
+    ),
+    ("blocks.{}.ffn.gate.0.weight", "encoder.block.{}.layer.1.DenseReluDense.wi_0.weight"),
+    ("blocks.{}.ffn.fc1.weight", "encoder.block.{}.layer.1.DenseReluDense.wi_1.weight"),
+    ("blocks.{}.ffn.fc2.weight", "encoder.block.{}.layer.1.DenseReluDense.wo.weight"),
 )
+TO_TRANSFORMERS = dict(NAMES)
+TO_OFFICIAL = {theirs: official for official, theirs in NAMES}
 
 
 def transformers_name(official: str) -> str:
     """The name in `UMT5EncoderModel` of an official UMT5 tensor; an unknown name comes back as it is."""
-    for pattern, replacement in OFFICIAL_TO_TRANSFORMERS:
-        name, hits = re.subn(pattern, replacement, official)
-        if hits:
-            return name
-    return official
+    return _rename(official, r"^blocks\.(\d+)\.", "blocks.{}.", TO_TRANSFORMERS)
+
+
+def official_name(theirs: str) -> str:
+    """The inverse of `transformers_name`."""
+    return _rename(theirs, r"^encoder\.block\.(\d+)\.", "encoder.block.{}.", TO_OFFICIAL)
+
+
+def _rename(name: str, pattern: str, generic: str, names: dict[str, str]) -> str:
+    number = re.match(pattern, name)
+    if number is None:
+        return names.get(name, name)
+    renamed = names.get(re.sub(pattern, generic, name, count=1))
+    return name if renamed is None else renamed.format(number[1])
 
 
 def clean_prompt(prompt: str) -> str:

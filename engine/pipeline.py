@@ -1,0 +1,178 @@
+"""One video, from request to frames: encode the text, denoise the latents, decode them.
+
+Every rank of the mesh makes the same calls; rank 0 alone writes frames and talks to the callbacks.
+
+Shapes: T text tokens, E text width, C latent channels, F H W latent frames, rows and columns. A leading 2
+is (conditional, unconditional).
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from engine.attention import Attend, sdpa
+from engine.conditioning import Conditioning, make_conditioning
+from engine.config import (
+    CancelCheck,
+    FrameSink,
+    GenerationRequest,
+    GenerationResult,
+    ModelSpec,
+    ProgressCallback,
+)
+from engine.dit import DiT, TextKV
+from engine.errors import OutOfMemory
+from engine.parallel.mesh import Mesh
+from engine.requests import check
+from engine.sampler import TRAIN_TIMESTEPS, make_schedule, make_solver
+from engine.text_encoder import TextEncoder
+from engine.tracker import Tracker
+from engine.vae import VAE
+
+
+class Pipeline:
+    """A loaded model, warm and ready; `generate` may be called any number of times, one at a time."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        text_encoder: TextEncoder,
+        high: DiT,
+        low: DiT | None,
+        vae: VAE,
+        mesh: Mesh,
+        device: torch.device,
+        attend: Attend = sdpa,
+        cross_attend: Attend | None = None,
+    ) -> None:
+        self.spec, self.mesh, self.device = spec, mesh, device
+        self.text_encoder, self.vae = text_encoder, vae
+        self.high = high  # the high-noise expert, or the only one
+        self.low = low
+        self.sequence = mesh.sequence(attend, cross_attend)
+
+    def generate(
+        self,
+        request: GenerationRequest,
+        sink: FrameSink,
+        *,
+        on_progress: ProgressCallback | None = None,
+        should_cancel: CancelCheck | None = None,
+        latents_out: Path | None = None,
+    ) -> GenerationResult:
+        """Make the request's video and write its frames to `sink` (on rank 0).
+
+        `latents_out` receives the latents before the VAE as safetensors, key `latents`, [C, F, H, W] fp32.
+        Raises RequestError, OutOfMemory, and engine.config.Canceled on all ranks at a step boundary.
+        """
+        check(request, self.spec)
+        tracker = Tracker(self.mesh, self.device, on_progress, should_cancel)
+        try:
+            with torch.inference_mode():
+                with tracker.phase("encoding"):
+                    text_2TE = self.encode(request)
+                    image = make_conditioning(request, self.spec, self.vae)
+                with tracker.phase("denoising"):
+                    noise_CFHW = self.noise(request, image.size)
+                    latents_CFHW = self.denoise(request, text_2TE, noise_CFHW, image, tracker)
+                if latents_out is not None and self.mesh.rank == 0:
+                    save_file({"latents": latents_CFHW.float().cpu().contiguous()}, latents_out)
+                with tracker.phase("decoding"):
+                    frames = self.decode(latents_CFHW, sink, tracker)
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise OutOfMemory(f"{self.device} ran out of memory at {tracker.where}: {error}") from error
+        return GenerationResult(*image.size, frames, self.spec.fps, request.seed, tracker.seconds)
+
+    def encode(self, request: GenerationRequest) -> Tensor:
+        """[2, T, E] embeddings of the prompt and of the negative prompt."""
+        negative = request.negative_prompt or self.spec.negative_prompt
+        return torch.stack((self.text_encoder.encode(request.prompt), self.text_encoder.encode(negative)))
+
+    def noise(self, request: GenerationRequest, size: tuple[int, int]) -> Tensor:
+        """The starting latents [C, F, H, W] fp32, the same for any number of ranks."""
+        stride_t, stride_h, stride_w = self.spec.vae.stride
+        shape = (
+            self.spec.vae.z_dim,
+            (request.frame_num - 1) // stride_t + 1,
+            size[1] // stride_h,
+            size[0] // stride_w,
+        )
+        generator = torch.Generator(request.noise_device).manual_seed(request.seed)
+        noise = torch.randn(shape, generator=generator, device=request.noise_device, dtype=torch.float32)
+        return noise.to(self.device)
+
+    def denoise(
+        self,
+        request: GenerationRequest,
+        text_2TE: Tensor,
+        latents_CFHW: Tensor,
+        image: Conditioning,
+        tracker: Tracker,
+    ) -> Tensor:
+        """From noise to clean latents [C, F, H, W], one solver step after another."""
+        solver = make_solver(request.solver, make_schedule(request.solver, request.sampling_steps, request.shift))
+        texts: dict[tuple[int, ...], TextKV] = {}
+        latents_CFHW = image.pin(latents_CFHW)
+        expert = None
+        for step, t in enumerate(solver.schedule.timesteps.tolist()):
+            tracker.report("denoising", step, solver.schedule.steps)
+            chosen, guide = self.expert_at(t, request.guide_scale)
+            if chosen is not expert:
+                expert, texts = chosen, {}  # the other expert's text keys and values are done with
+            flow_CFHW = self.flow(chosen, guide, t, latents_CFHW, text_2TE, texts, image)
+            latents_CFHW = image.pin(solver.step(flow_CFHW, latents_CFHW))
+        tracker.report("denoising", solver.schedule.steps, solver.schedule.steps)
+        return latents_CFHW
+
+    def flow(
+        self,
+        expert: DiT,
+        guide: float,
+        t: int,
+        latents_CFHW: Tensor,
+        text_2TE: Tensor,
+        texts: dict[tuple[int, ...], TextKV],
+        image: Conditioning,
+    ) -> Tensor:
+        """The guided flow, uncond + guide * (cond - uncond); guidance 1 needs no unconditional pass.
+
+        `texts` keeps the expert's text keys and values of the rows that this rank evaluates.
+        """
+        rows = (0,) if guide == 1.0 else (0, 1) if self.mesh.guidance == 1 else (self.mesh.branch,)
+        if rows not in texts:
+            texts[rows] = expert.encode_text(text_2TE[list(rows)])
+        inputs = image.model_input(latents_CFHW)[None]
+        flow = expert(inputs, image.timesteps(t, self.device), texts[rows], self.sequence)
+        if guide == 1.0:
+            return flow[0]
+        cond, uncond = flow if len(rows) == 2 else self.mesh.both_branches(flow)
+        return uncond + guide * (cond - uncond)
+
+    def expert_at(self, t: int, guide_scale: tuple[float, float]) -> tuple[DiT, float]:
+        """The expert for timestep t and its guidance scale; a lone expert uses the first of the pair."""
+        if self.low is None or self.spec.boundary is None:
+            return self.high, guide_scale[0]
+        if t >= self.spec.boundary * TRAIN_TIMESTEPS:
+            return self.high, guide_scale[1]
+        return self.low, guide_scale[0]
+
+    def decode(self, latents_CFHW: Tensor, sink: FrameSink, tracker: Tracker) -> int:
+        """Write the frames to the sink as they come; returns how many there are."""
+        latents = latents_CFHW[None].to(next(self.vae.parameters()).dtype)
+        chunks = self.vae.decode_chunks(latents) if self.mesh.rank == 0 else None
+        for chunk in range(latents.shape[2]):
+            tracker.report("decoding", chunk, latents.shape[2])
+            if chunks is not None:
+                sink.write(to_uint8(next(chunks)[0]))
+        tracker.report("decoding", latents.shape[2], latents.shape[2])
+        return (latents.shape[2] - 1) * self.spec.vae.stride[0] + 1
+
+
+def to_uint8(frames_3THW: Tensor) -> np.ndarray:
+    """[T, H, W, 3] uint8 RGB of frames in [-1, 1] (clamped), rounded to the nearest level."""
+    levels = ((frames_3THW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()

@@ -1,0 +1,74 @@
+"""Requests against a model: defaults filled in, every field checked before any work."""
+
+import secrets
+from pathlib import Path
+
+from engine.config import GenerationRequest, ModelSpec, Solver
+from engine.errors import RequestError
+
+MAX_STEPS = 1000
+
+
+def resolve(
+    spec: ModelSpec,
+    prompt: str,
+    *,
+    size: tuple[int, int] | None = None,
+    frame_num: int | None = None,
+    shift: float | None = None,
+    sampling_steps: int | None = None,
+    guide_scale: tuple[float, ...] | None = None,
+    seed: int | None = None,
+    solver: Solver = "unipc",
+    negative_prompt: str = "",
+    image: Path | None = None,
+    noise_device: str = "cpu",
+) -> GenerationRequest:
+    """A checked request with the model's defaults for what isn't given; a random seed unless given.
+
+    `guide_scale` of one number counts for both experts. Raises RequestError naming the first bad field.
+    """
+    guide = spec.guide_scale if guide_scale is None else guide_scale
+    if len(guide) not in (1, 2):
+        raise RequestError("guide_scale", guide, "one number, or two: low-noise, high-noise")
+    request = GenerationRequest(
+        prompt=prompt,
+        size=size or spec.sizes[0],
+        frame_num=spec.frame_num if frame_num is None else frame_num,
+        shift=spec.shift if shift is None else shift,
+        sampling_steps=spec.sampling_steps if sampling_steps is None else sampling_steps,
+        guide_scale=(guide[0], guide[-1]),
+        seed=secrets.randbelow(2**32) if seed is None else seed,
+        solver=solver,
+        negative_prompt=negative_prompt,
+        image=image,
+        noise_device=noise_device,
+    )
+    check(request, spec)
+    return request
+
+
+def check(request: GenerationRequest, spec: ModelSpec) -> None:
+    """Raise RequestError if the model can't do what the request asks."""
+    stride = spec.vae.stride[0]
+    if not request.prompt.strip():
+        raise RequestError("prompt", request.prompt, "some text")
+    if request.size not in spec.sizes:
+        sizes = ", ".join(f"{width}*{height}" for width, height in spec.sizes)
+        raise RequestError("size", "{}*{}".format(*request.size), f"{sizes} (model {spec.name})")
+    if request.frame_num % stride != 1 or not 1 <= request.frame_num <= spec.max_frame_num:
+        raise RequestError("frame_num", request.frame_num, f"{stride}n+1, from 1 to {spec.max_frame_num}")
+    if not 1 <= request.sampling_steps <= MAX_STEPS:
+        raise RequestError("sampling_steps", request.sampling_steps, f"1 to {MAX_STEPS}")
+    if not 0 < request.shift <= 100:
+        raise RequestError("shift", request.shift, "above 0, at most 100")
+    if not all(0 <= guide <= 100 for guide in request.guide_scale):
+        raise RequestError("guide_scale", request.guide_scale, "0 to 100")
+    if not 0 <= request.seed < 2**63:
+        raise RequestError("seed", request.seed, "0 to 2^63 - 1")
+    if request.solver not in ("unipc", "dpm++"):
+        raise RequestError("sample_solver", request.solver, "unipc, dpm++")
+    if spec.task == "i2v" and request.image is None:
+        raise RequestError("image", None, f"a picture's path: {spec.name} makes videos from images")
+    if spec.task == "t2v" and request.image is not None:
+        raise RequestError("image", str(request.image), f"none: {spec.name} makes videos from text alone")
