@@ -1,0 +1,58 @@
+"""Tuning tables: what was measured fastest on a GPU, by operation and shape.
+
+A table is `kernels/tuned/<GPU name>.json`:
+{"device": ..., "measured": ..., "ops": {operation: {key: settings}}}.
+A GPU without one works with the defaults that each operation names, after one warning.
+"""
+
+import json
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = Path(__file__).parent / "tuned"
+
+
+def file_name(device_name: str) -> str:
+    """The table's file name of a GPU, as torch names it: "NVIDIA H200" -> "NVIDIA_H200.json"."""
+    return "".join(c if c.isalnum() or c in "-." else "_" for c in device_name) + ".json"
+
+
+@lru_cache(maxsize=16)
+def load(device_name: str, folder: Path = FOLDER) -> dict[str, dict[str, Any]]:
+    """The operations of a GPU's table; empty, with one warning a process, where none is shipped."""
+    path = folder / file_name(device_name)
+    if not path.is_file():
+        warnings.warn(
+            f"no tuning table {path.name} for {device_name!r}: kernels run with untuned settings; "
+            "make one with `reel bench tune`",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return {}
+    ops: dict[str, dict[str, Any]] = json.loads(path.read_text())["ops"]
+    return ops
+
+
+@lru_cache(maxsize=256)
+def _setting(op: str, key: str, device_index: int) -> dict[str, Any]:
+    found: dict[str, Any] = load(torch.cuda.get_device_name(device_index)).get(op, {}).get(key, {})
+    return found
+
+
+def setting(op: str, key: str, device: torch.device, default: dict[str, Any]) -> dict[str, Any]:
+    """`default`, overlaid with the table's entry of (`op`, `key`) for a CUDA device."""
+    if device.type != "cuda":
+        return default
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return default | _setting(op, key, index)
+
+
+def entries(op: str, device: torch.device) -> dict[str, Any]:
+    """All entries of `op` in the device's table, by key; empty on a CPU."""
+    if device.type != "cuda":
+        return {}
+    return load(torch.cuda.get_device_name(device)).get(op, {})

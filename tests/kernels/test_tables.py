@@ -1,0 +1,49 @@
+"""Tuning tables: shipped ones are well formed; an unknown GPU warns once and works."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+
+from kernels import tables
+
+
+def test_unknown_gpu_warns_once(tmp_path: Path):
+    with pytest.warns(RuntimeWarning, match=r"no tuning table Some_GPU_9000\.json for 'Some GPU 9000'"):
+        assert tables.load("Some GPU 9000", tmp_path) == {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tables.load("Some GPU 9000", tmp_path) == {}
+
+
+def test_a_table_is_read(tmp_path: Path):
+    (tmp_path / "Toy.json").write_text(json.dumps({"device": "Toy", "ops": {"op": {"8": {"warps": 2}}}}))
+    assert tables.load("Toy", tmp_path) == {"op": {"8": {"warps": 2}}}
+
+
+def test_shipped_tables_name_their_device_and_when():
+    paths = list(tables.FOLDER.glob("*.json"))
+    assert paths
+    for path in paths:
+        table = json.loads(path.read_text())
+        assert tables.file_name(table["device"]) == path.name
+        assert table["measured"]
+        assert set(table["ops"]) <= {
+            "norm_modulate", "qk_norm_rope", "rms_norm", "gemm", "attention", "vae_norm_silu"
+        }  # fmt: skip
+        for entry in table["ops"].get("gemm", {}).values():
+            assert entry["backend"] in ("library", "triton")
+
+
+def test_importing_kernels_imports_no_triton():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, kernels, kernels.norm_modulate, kernels.qk_norm_rope, kernels.gemm, kernels.attention, "
+        "kernels.vae_norm_silu\n"
+        "ours = [m for m in sys.modules if m.startswith('kernels.') and m.endswith('.triton')]\n"
+        "assert not ours, ours"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
