@@ -11,7 +11,9 @@ class LeaseLost(JobsError):
     """The caller's fencing token is stale: another node owns the job, or it has ended. Drop the work."""
 
     def __init__(self, job_id: str, token: int, reason: str) -> None:
-        super().__init__(f"job {job_id}: token {token} no longer owns the lease ({reason}); drop this attempt")
+        super().__init__(
+            f"job {job_id}: token {token} no longer owns the lease ({reason}); drop this attempt"
+        )
         self.job_id = job_id
         self.token = token
         self.reason = reason
@@ -50,6 +52,10 @@ class QueueFull(JobsError):
 
 class StoreUnavailable(JobsError):
     """Redis cannot be reached or refuses writes. Safe to retry: nothing was half-written."""
+
+
+class StorageUnavailable(JobsError):
+    """S3 cannot be reached, refuses, or fails: the message says what was tried, where, and what to check."""
 
 
 @dataclass(frozen=True)

@@ -179,6 +179,7 @@ class NewJob(BaseModel):
     metadata: dict[str, str] = Field(default_factory=dict)
     idempotency_key: str | None = None
     body_hash: str = ""  # of the client's body, compared when the Idempotency-Key repeats
+    max_outstanding: int | None = None  # the API key's own limit; None: the settings' limit
 
 
 class ModelCard(BaseModel):

@@ -21,6 +21,8 @@ class Settings(BaseSettings):
     # Redis
     redis_url: str = "redis://127.0.0.1:6379/0"
     redis_timeout: Seconds = 5.0  # one command's connect and read timeout, seconds
+    redis_wait_replicas: int = Field(0, ge=0)  # replicas that must hold a submit or an end before it counts
+    redis_wait_ms: int = Field(1000, ge=1)  # how long to wait for them
 
     # S3-compatible storage
     s3_endpoint: str | None = None  # None: AWS
@@ -56,6 +58,7 @@ class Settings(BaseSettings):
     max_attempts: int = Field(3, ge=1)
     aging_seconds: Seconds = 600.0  # a waiting job rises one priority level per this many seconds
     retention_seconds: int = Field(7 * 86_400, ge=60)  # terminal jobs and their videos
+    webhook_progress_seconds: Seconds = 10.0  # at most one job.progress webhook a job per this many seconds
 
     # Node
     node_id: str | None = None  # None: host name plus a random suffix

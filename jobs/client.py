@@ -1,0 +1,105 @@
+"""The Redis client as this package uses it: how to connect, and one error for not reaching Redis."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import redis
+import redis.asyncio
+from redis import exceptions
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.retry import Retry
+
+from jobs.errors import StoreUnavailable
+from jobs.settings import Settings
+
+# Replies that mean "not now", not "wrong command": a replica after a failover, loading, out of memory, ...
+_NOT_NOW = (
+    "READONLY",
+    "LOADING",
+    "MASTERDOWN",
+    "CLUSTERDOWN",
+    "MISCONF",
+    "NOREPLICAS",
+    "OOM",
+    "BUSY",
+    "UNKILLABLE",
+)
+
+
+class RedisClient(Protocol):
+    """The little of ``redis.Redis`` that is used, so that its type stubs don't matter."""
+
+    def execute_command(self, *args: Any, **options: Any) -> Any:
+        """Send one command and return its reply."""
+        ...
+
+    def pipeline(self, transaction: bool = True) -> Any:
+        """Several commands in one round trip."""
+        ...
+
+    def client(self) -> Any:
+        """A client that keeps to one connection."""
+        ...
+
+
+@contextmanager
+def guard() -> Iterator[None]:
+    """Turn connection errors, timeouts and "not now" replies into StoreUnavailable; let other errors pass."""
+    try:
+        yield
+    except (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError) as error:
+        raise StoreUnavailable(f"Redis cannot be reached: {error}; try again shortly") from error
+    except exceptions.ResponseError as error:
+        text = str(error)
+        if isinstance(error, exceptions.OutOfMemoryError) or any(word in text[:200] for word in _NOT_NOW):
+            raise StoreUnavailable(f"Redis refuses writes: {text}; try again shortly") from error
+        raise
+
+
+def _options(settings: Settings) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "socket_timeout": settings.redis_timeout,
+        "socket_connect_timeout": settings.redis_timeout,
+        "health_check_interval": 30,
+        "decode_responses": True,
+    }
+    if not settings.redis_url.startswith("unix:"):
+        options["socket_keepalive"] = True
+    return options
+
+
+def connect(settings: Settings) -> "redis.Redis":
+    """A client for `settings.redis_url`. Nothing is sent yet.
+
+    A command whose reply was lost is sent again (twice at most): every script in this package tolerates a
+    repeated call.
+    """
+    return redis.Redis.from_url(
+        settings.redis_url,
+        retry=Retry(ExponentialWithJitterBackoff(cap=0.5, base=0.05), 2),
+        **_options(settings),
+    )
+
+
+def connect_async(settings: Settings) -> "redis.asyncio.Redis":
+    """The asyncio client, for long reads of event streams."""
+    from redis.asyncio.retry import Retry as AsyncRetry
+
+    return redis.asyncio.Redis.from_url(
+        settings.redis_url,
+        retry=AsyncRetry(ExponentialWithJitterBackoff(cap=0.5, base=0.05), 2),
+        **_options(settings),
+    )
+
+
+def require_text(client: object) -> None:
+    """Refuse a client that returns bytes.
+
+    Raises ValueError naming the fix.
+    """
+    pool = getattr(client, "connection_pool", None)
+    if not getattr(pool, "connection_kwargs", {}).get("decode_responses"):
+        raise ValueError(
+            "got a Redis client that returns bytes, expected decode_responses=True; use jobs.client.connect"
+        )

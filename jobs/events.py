@@ -1,0 +1,69 @@
+"""Reading a job's event stream, sync and async. The scripts write it; nothing else does."""
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jobs.client import RedisClient, guard
+from jobs.scripts import PREFIX
+
+if TYPE_CHECKING:
+    import redis.asyncio
+
+START = "0"  # `after` this id: everything that the stream still holds
+
+
+@dataclass(frozen=True)
+class Event:
+    """One entry: `id` resumes (Last-Event-ID), `type` as in ``job.started``, `data` the state then."""
+
+    id: str
+    type: str
+    data: dict[str, Any]
+
+
+def read_events(
+    redis: RedisClient, job_id: str, after: str = START, block_ms: int = 0, count: int = 100
+) -> list[Event]:
+    """Events after id `after`, waiting up to `block_ms` milliseconds (0: don't wait) for the first.
+
+    Keep block_ms under the client's socket timeout. An empty list: nothing came, or the job is gone.
+    """
+    with guard():
+        return _parse(redis.execute_command(*_command(job_id, after, block_ms, count)))
+
+
+async def read_events_async(
+    redis: "redis.asyncio.Redis", job_id: str, after: str = START, block_ms: int = 0, count: int = 100
+) -> list[Event]:
+    """The same for asyncio: holds one pooled connection while it waits."""
+    with guard():
+        return _parse(await redis.execute_command(*_command(job_id, after, block_ms, count)))
+
+
+def last_event_id(redis: RedisClient, job_id: str) -> str:
+    """The newest event's id, or START when there is none."""
+    with guard():
+        newest = redis.execute_command("XREVRANGE", f"{PREFIX}events:{job_id}", "+", "-", "COUNT", 1)
+    return str(newest[0][0]) if newest else START
+
+
+def valid_event_id(text: str) -> bool:
+    """Whether a client's Last-Event-ID can be used as `after`."""
+    parts = text.split("-")
+    return len(parts) <= 2 and all(part.isascii() and part.isdigit() and len(part) < 20 for part in parts)
+
+
+def _command(job_id: str, after: str, block_ms: int, count: int) -> list[str | int]:
+    block: list[str | int] = ["BLOCK", block_ms] if block_ms > 0 else []
+    return ["XREAD", "COUNT", count, *block, "STREAMS", f"{PREFIX}events:{job_id}", after]
+
+
+def _parse(reply: Any) -> list[Event]:
+    if not reply:
+        return []
+    streams = list(reply.values()) if isinstance(reply, dict) else [entries for _, entries in reply]
+    entries = streams[0]
+    if entries and isinstance(entries[0], list) and entries[0] and isinstance(entries[0][0], (list, tuple)):
+        entries = entries[0]  # RESP3 nests once more
+    return [Event(event_id, fields["type"], json.loads(fields["data"])) for event_id, fields in entries]

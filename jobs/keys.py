@@ -1,0 +1,210 @@
+"""API keys: shown once, stored as HMAC-SHA256; their webhook secrets encrypted with Fernet."""
+
+import base64
+import hashlib
+import hmac
+import secrets
+import time
+from enum import StrEnum
+
+from cryptography.fernet import Fernet, InvalidToken
+from pydantic import BaseModel, Field, SecretStr
+
+from jobs.client import RedisClient, guard, require_text
+from jobs.job import new_id
+from jobs.scripts import PREFIX, source
+
+RECORDS = f"{PREFIX}apikeys"  # hash: key id to record
+HASHES = f"{PREFIX}apikeys:hashes"  # hash: HMAC of the plain key to "<key id> <valid until, 0: for ever>"
+
+
+class Scope(StrEnum):
+    """What a key may do."""
+
+    SUBMIT = "submit"  # make, cancel and delete its own jobs
+    READ = "read"  # see its own jobs
+    ADMIN = "admin"  # everybody's jobs, nodes, keys
+    PRIORITY_HIGH = "priority_high"  # may submit with priority high
+
+
+class ApiKey(BaseModel):
+    """A key as everybody but its holder sees it. Times are Unix seconds."""
+
+    id: str
+    name: str
+    scopes: frozenset[Scope]
+    created_at: float
+    revoked_at: float | None = None
+    max_outstanding: int | None = None  # None: the settings' max_outstanding_per_key
+    requests_per_minute: int | None = Field(None, ge=1)  # None: no limit of its own
+
+
+class _Record(ApiKey):
+    """As stored: with the hash (to remove it) and the encrypted webhook secrets."""
+
+    hash: str
+    secrets: list[tuple[str, float]]  # (Fernet text, valid until or 0), newest first
+
+
+class KeyStore:
+    """Creates, checks, rotates and revokes API keys."""
+
+    def __init__(self, redis: RedisClient, secret_key: str | SecretStr) -> None:
+        """secret_key: the deployment's own secret, at least 16 characters; changing it ends every key."""
+        require_text(redis)
+        text = secret_key.get_secret_value() if isinstance(secret_key, SecretStr) else secret_key
+        if len(text) < 16:
+            raise ValueError(
+                f"got a secret key of {len(text)} characters, expected at least 16; set REEL_SECRET_KEY"
+            )
+        self.redis = redis
+        self._hash_key = hashlib.sha256(b"reel api keys" + text.encode()).digest()
+        self._fernet = Fernet(
+            base64.urlsafe_b64encode(hashlib.sha256(b"reel secrets" + text.encode()).digest())
+        )
+
+    def create(
+        self,
+        name: str,
+        scopes: frozenset[Scope] | set[Scope] | tuple[Scope, ...] = (Scope.SUBMIT, Scope.READ),
+        *,
+        max_outstanding: int | None = None,
+        requests_per_minute: int | None = None,
+        plain: str | None = None,
+        webhook_secret: str | None = None,
+    ) -> tuple[ApiKey, str, str]:
+        """A new key: (key, plain key ``rk_…``, webhook secret ``whsec_…``). Neither is ever readable again.
+
+        plain, webhook_secret: given by the caller, for a stack whose first key comes from its settings.
+        """
+        plain = plain or _new_plain()
+        secret = webhook_secret or _new_secret()
+        record = _Record(
+            id=new_id("key"),
+            name=name,
+            scopes=frozenset(scopes),
+            created_at=time.time(),
+            max_outstanding=max_outstanding,
+            requests_per_minute=requests_per_minute,
+            hash=self._hash(plain),
+            secrets=[(self._encrypt(secret), 0.0)],
+        )
+        self._save(record, {record.hash: 0.0})
+        return _public(record), plain, secret
+
+    def authenticate(self, plain: str) -> ApiKey | None:
+        """The key, or None when it is unknown, revoked or rotated out. One round trip."""
+        with guard():
+            text = self.redis.execute_command("EVAL", _AUTHENTICATE, 0, "{}", self._hash(plain))
+        return _public(_Record.model_validate_json(text)) if text else None
+
+    def get(self, key_id: str) -> ApiKey | None:
+        """One key by id, also when revoked."""
+        record = self._load(key_id)
+        return _public(record) if record else None
+
+    def list(self) -> "Keys":
+        """All keys, newest first, revoked ones included."""
+        with guard():
+            texts = self.redis.execute_command("HVALS", RECORDS)
+        return sorted(
+            (_public(_Record.model_validate_json(text)) for text in texts), key=lambda k: k.id, reverse=True
+        )
+
+    def revoke(self, key_id: str) -> ApiKey:
+        """End a key at once; its jobs go on. Raises KeyError when there is no such key."""
+        record = self._must(key_id)
+        with guard():
+            for digest, entry in self.redis.execute_command("HGETALL", HASHES).items():
+                if entry.split()[0] == key_id:
+                    self.redis.execute_command("HDEL", HASHES, digest)
+        record = record.model_copy(update={"revoked_at": time.time()})
+        self._save(record, {})
+        return _public(record)
+
+    def rotate(self, key_id: str, overlap_seconds: float = 86_400.0) -> str:
+        """A new plain key for the same key id; the old one works for `overlap_seconds` more."""
+        record = self._must(key_id)
+        plain = _new_plain()
+        with guard():
+            now = float(self.redis.execute_command("TIME")[0])
+        fresh = record.model_copy(update={"hash": self._hash(plain)})
+        self._save(fresh, {fresh.hash: 0.0, record.hash: now + overlap_seconds})
+        return plain
+
+    def rotate_webhook_secret(self, key_id: str, overlap_seconds: float = 86_400.0) -> str:
+        """A new webhook secret; deliveries are signed with both for `overlap_seconds`."""
+        record = self._must(key_id)
+        secret = _new_secret()
+        now = time.time()
+        kept = [
+            (text, until or now + overlap_seconds)
+            for text, until in record.secrets
+            if not until or until > now
+        ]
+        fresh = record.model_copy(update={"secrets": [(self._encrypt(secret), 0.0), *kept]})
+        self._save(fresh, {})
+        return secret
+
+    def webhook_secrets(self, key_id: str) -> "Secrets":
+        """The secrets to sign with, newest first; empty when the key is unknown. For the webhook sender only.
+
+        Raises ValueError when they were encrypted under another secret key.
+        """
+        record = self._load(key_id)
+        if record is None:
+            return []
+        now = time.time()
+        try:
+            return [
+                self._fernet.decrypt(text.encode()).decode()
+                for text, until in record.secrets
+                if not until or until > now
+            ]
+        except InvalidToken as error:
+            raise ValueError(
+                f"key {key_id}: its webhook secret is from another REEL_SECRET_KEY; rotate the secret"
+            ) from error
+
+    def _hash(self, plain: str) -> str:
+        return hmac.new(self._hash_key, plain.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
+
+    def _encrypt(self, secret: str) -> str:
+        return self._fernet.encrypt(secret.encode()).decode()
+
+    def _load(self, key_id: str) -> _Record | None:
+        with guard():
+            text = self.redis.execute_command("HGET", RECORDS, key_id)
+        return _Record.model_validate_json(text) if text else None
+
+    def _must(self, key_id: str) -> _Record:
+        record = self._load(key_id)
+        if record is None:
+            raise KeyError(f"no API key {key_id}")
+        return record
+
+    def _save(self, record: _Record, hashes: dict[str, float]) -> None:
+        with guard():
+            pipe = self.redis.pipeline(transaction=True)
+            pipe.execute_command("HSET", RECORDS, record.id, record.model_dump_json())
+            for digest, until in hashes.items():
+                pipe.execute_command("HSET", HASHES, digest, f"{record.id} {until:.0f}")
+            pipe.execute()
+
+
+Keys = list[ApiKey]
+Secrets = list[str]
+_AUTHENTICATE = source("authenticate")
+
+
+def _new_plain() -> str:
+    return "rk_" + secrets.token_urlsafe(32)
+
+
+def _new_secret() -> str:
+    """Standard Webhooks' form: ``whsec_`` and base64 of 24 to 64 random bytes."""
+    return "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
+
+
+def _public(record: _Record) -> ApiKey:
+    return ApiKey.model_validate(record.model_dump(exclude={"hash", "secrets"}))

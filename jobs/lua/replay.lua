@@ -1,0 +1,18 @@
+-- replay(job): failed -> queued, by an operator, with its attempts reset and at the back of its lane.
+-- Guards: only a job of the dead letter (a user error would only fail again); the token goes on rising.
+local job = load(ARGV[2])
+if not job then
+  return {'missing'}
+end
+if job.state ~= 'failed' or not redis.call('ZSCORE', P .. 'dead', job.id) then
+  return {'illegal', job.state}
+end
+redis.call('ZREM', P .. 'dead', job.id)
+redis.call('ZREM', P .. 'retention', job.id)
+move(job, 'queued', {
+  attempts = '0', memory_failures = '0', error = '', finished_at = '', owner = '', closed = '', step = '0',
+  progress = '0', queued_at = seconds(now), deadline_at = '', cancel_requested = '0',
+})
+enqueue(job)
+emit(job, 'queued')
+return reply(job)

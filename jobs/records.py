@@ -1,0 +1,51 @@
+"""Between Redis and the types of job.py: what a record looks like when stored."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from jobs.job import SCHEMA, Job, NewJob, jsonable
+
+
+def to_record(new: NewJob) -> dict[str, str]:
+    """The hash that submit's script stores: short values only, which Redis packs tightly."""
+    wanted = [event.removeprefix("job.") for event in new.webhook_events] if new.callback_url else []
+    empty = ("started_at", "finished_at", "deadline_at", "owner", "lease_until", "phase", "eta_seconds")
+    return {
+        **dict.fromkeys((*empty, "error", "result", "closed"), ""),
+        **dict.fromkeys(("attempts", "token", "step", "progress", "cancel_requested"), "0"),
+        "id": new.id,
+        "schema": str(SCHEMA),
+        "key_id": new.key_id,
+        "model": new.request.model,
+        "ref": new.metadata.get("ref", ""),
+        "priority": new.priority.value,
+        "hooks": ",".join(wanted),
+    }
+
+
+def to_body(new: NewJob) -> str:
+    """The part that never changes, as JSON."""
+    data = jsonable(new)
+    kept = ("request", "callback_url", "webhook_events", "metadata")
+    return json.dumps({name: data[name] for name in kept}, ensure_ascii=False, separators=(",", ":"))
+
+
+def pairs(flat: Sequence[str] | dict[str, str]) -> dict[str, str]:
+    """A flat HGETALL reply (or one that the client has already paired) as a dict."""
+    return flat if isinstance(flat, dict) else dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+_JSON = frozenset({"error", "result"})
+_SKIP = frozenset(
+    {"model", "ref", "hooks", "closed", "turn", "memory_failures", "progress_hook_at", "deliveries"}
+)
+
+
+def from_record(flat: Sequence[str] | dict[str, str], body: str) -> Job:
+    """The Job of a stored hash and body. Empty text stands for None."""
+    fields: dict[str, Any] = json.loads(body)
+    for name, text in pairs(flat).items():
+        if text != "" and name not in _SKIP:
+            fields[name] = json.loads(text) if name in _JSON else text
+    return Job.model_validate(fields)

@@ -1,0 +1,116 @@
+"""Loads the Lua scripts: every write to a job is one of them, so it happens whole or not at all.
+
+Key layout (prefix ``reel:``). Every key has an owner that removes it, or a limit:
+
+========================== ====== ============================================ ==========================
+key                        type   holds                                        goes away / limit
+========================== ====== ============================================ ==========================
+job:<id>                   hash   the record's changing part, short fields     purge, delete
+body:<id>                  string request, callback, metadata as JSON          purge, delete
+events:<id>                stream what SSE readers see                         EVENTS_CAP; purge, delete
+lane:<model>:<level>:<key> zset   waiting jobs of one API key by queued_at     a job's start or end
+lanes:<model>              zset   lanes by level * 2^40 + virtual time         with its last job
+rising:<model>             zset   lanes by the time they rise a level          with its last job
+vtime:<model>              hash   virtual time per level and key               when nobody waits; keys x 3
+waiting:/running:<model>   hash   counts per level                             3 fields
+leases:<model>             zset   running jobs by lease end                    a job's end, sweep
+wake:<model>               list   tokens that wake sleeping nodes              64 entries, 1 h
+claim:<nonce>              string job a claim took, for a lost reply           one lease
+queues                     set    models that ever had a job                   one entry a model
+list:<key|*>:<filter>      zset   job ids for listing                          purge, delete
+deadlines, retention       zset   jobs by due time                             start or end; purge
+dead                       zset   dead letter: jobs by time of failure         replay, purge, delete
+garbage                    zset   deleted jobs whose files still exist         garbage_done
+idem:<key>:<idempotency>   hash   body hash and job                            idempotency_seconds
+delivery:<msg>             hash   one webhook and its payload                  retention after the purge
+deliveries:<id>            list   a job's webhooks in order                    retention after the purge
+pending:<id>               list   those not yet ended                          when they end
+outbox                     zset   each job's oldest pending webhook by due     delivered or dead
+outbox:dead                zset   webhooks given up                            redeliver, purge
+gone:<sha1 of url>         string the address answered 410                     1 day
+nodes, node:<id>           zset,  node registry (plain commands, no scripts)   NODE_SECONDS after a beat
+                           string
+drain:<id>                 string an operator's wish                           1 day
+models                     hash   model cards                                  withdraw_model
+apikeys, apikeys:hashes    hash   API keys                                     one entry a key made
+uploads                    zset   input images by expiry                       sweep
+========================== ====== ============================================ ==========================
+
+Level: 0 high, 1 normal, 2 low. Redis Cluster is not supported: scripts compute keys from records.
+"""
+
+import json
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from redis.exceptions import NoScriptError
+
+from jobs.client import RedisClient, guard, require_text
+from jobs.errors import StoreUnavailable
+from jobs.settings import Settings
+
+PREFIX = "reel:"
+EVENTS_CAP = 1000  # entries a job's stream keeps, about
+_PRELUDE = ("_base", "_lanes", "_notify", "_moves")
+_FOLDER = Path(__file__).parent / "lua"
+
+
+@cache
+def source(name: str) -> str:
+    """The full text of script `name`, prelude included."""
+    return "\n".join((_FOLDER / f"{part}.lua").read_text() for part in (*_PRELUDE, name))
+
+
+class Scripts:
+    """Runs scripts by their SHA-1, loading them again when Redis has forgotten them (restart, failover)."""
+
+    def __init__(self, redis: RedisClient, settings: Settings) -> None:
+        require_text(redis)
+        self.redis = redis
+        self._wait = (settings.redis_wait_replicas, settings.redis_wait_ms)
+        self._shas: dict[str, str] = {}
+        self._conf = json.dumps(
+            {
+                "lease_seconds": settings.lease_seconds,
+                "max_attempts": settings.max_attempts,
+                "aging_seconds": settings.aging_seconds,
+                "retention_seconds": settings.retention_seconds,
+                "delivery_seconds": settings.retention_seconds,
+                "idempotency_seconds": settings.idempotency_seconds,
+                "webhook_progress_seconds": settings.webhook_progress_seconds,
+                "events_cap": EVENTS_CAP,
+            }
+        )
+
+    def run(self, name: str, *args: str | int | float, durable: bool = False) -> Any:
+        """Run one script and return its reply.
+
+        durable: also wait until `redis_wait_replicas` replicas have the write (it is one connection's WAIT).
+        Raises StoreUnavailable when Redis can't be reached, refuses writes, or too few replicas answered; the
+        call may then be made again, since every script tolerates a repeat.
+        """
+        with guard():
+            if not (durable and self._wait[0]):
+                return self._evalsha(self.redis, name, args)
+            with self.redis.client() as one:  # WAIT counts its own connection's writes
+                reply = self._evalsha(one, name, args)
+                reached = one.execute_command("WAIT", *self._wait)
+        if reached < self._wait[0]:
+            raise StoreUnavailable(
+                f"{reached} of {self._wait[0]} replicas confirmed in {self._wait[1]} ms; try again shortly"
+            )
+        return reply
+
+    def _evalsha(self, client: RedisClient, name: str, args: Iterable[str | int | float]) -> Any:
+        sha = self._shas.get(name) or self._load(client, name)
+        try:
+            return client.execute_command("EVALSHA", sha, 0, self._conf, *args)
+        except NoScriptError:
+            return client.execute_command("EVALSHA", self._load(client, name), 0, self._conf, *args)
+
+    def _load(self, client: RedisClient, name: str) -> str:
+        sha = str(client.execute_command("SCRIPT LOAD", source(name)))
+        self._shas[name] = sha
+        return sha
