@@ -1,1 +1,1 @@
-"""The command line, the embedded local stack and what deploys reelserve."""
+"""Everything around the service: the `reel` command, the embedded local stack, deployment."""

@@ -1,0 +1,1 @@
+"""The groups of `reel` commands; each module's `register` adds its own."""

@@ -1,0 +1,58 @@
+"""The request's fields as command line flags, shared by `reel generate` and `reel run`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from infra.errors import CliError
+
+
+class Solver(StrEnum):
+    """Samplers."""
+
+    UNIPC = "unipc"
+    DPM = "dpm++"
+
+
+Prompt = Annotated[str, typer.Argument(help="What the video shows, 1 to 2000 characters.")]
+NegativePrompt = Annotated[str | None, typer.Option(help="What it should not show; else the model's own.")]
+Size = Annotated[str | None, typer.Option(help="Width*height in pixels, such as 1280*720.", metavar="W*H")]
+FrameNum = Annotated[int | None, typer.Option(help="Frames, 4n+1.")]
+Shift = Annotated[float | None, typer.Option(help="Schedule shift: higher works longer on coarse motion.")]
+SamplingSteps = Annotated[int | None, typer.Option(help="Denoising steps.")]
+GuideScale = Annotated[
+    str | None,
+    typer.Option(
+        help="Guidance: a number, or two with a comma (low-noise, high-noise expert).", metavar="G[,G]"
+    ),
+]
+Seed = Annotated[int | None, typer.Option(help="The same seed and request give the same video.")]
+SampleSolver = Annotated[Solver | None, typer.Option(help="Sampler.")]
+Image = Annotated[Path | None, typer.Option(help="Image to start from, for models that take one.")]
+
+
+def parse_guide_scale(text: str | None) -> float | tuple[float, float] | None:
+    """``"3.0,4.0"`` to (3.0, 4.0), ``"5"`` to 5.0. Raises CliError on anything else."""
+    if text is None:
+        return None
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) == 1:
+        return numbers[0]
+    if len(numbers) == 2:
+        return numbers[0], numbers[1]
+    raise CliError(f"--guide-scale: got {text!r}, expected a number or two with a comma, such as 3.0,4.0")
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """``"1280*720"`` (or with an x) to (1280, 720). Raises CliError on anything else."""
+    if text is None:
+        return None
+    width, _, height = text.lower().replace("x", "*").partition("*")
+    if width.isdigit() and height.isdigit():
+        return int(width), int(height)
+    raise CliError(f"--size: got {text!r}, expected width*height in pixels, such as 1280*720")

@@ -1,0 +1,214 @@
+"""Operating a deployment: jobs, nodes, drain, keys and the dead letter, straight from Redis."""
+
+import json
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from infra.errors import CliError
+from infra.stack_env import Stack, use_stack
+
+if TYPE_CHECKING:
+    from jobs.job import Job
+    from jobs.keys import KeyStore
+    from jobs.store import JobStore
+
+AsJson = Annotated[bool, typer.Option("--json", help="JSON lines instead of a table.")]
+Limit = Annotated[int, typer.Option(min=1, max=1000, help="How many at most.")]
+PANEL = "Operate"
+keys_app = typer.Typer(help="API keys: create, list, revoke.", no_args_is_help=True)
+dead_app = typer.Typer(help="The dead letter: jobs that used up their attempts.", no_args_is_help=True)
+
+
+def jobs(
+    state: Annotated[str | None, typer.Option(help="Such as queued or failed.")] = None,
+    model: Annotated[str | None, typer.Option(help="Of this model alone.")] = None,
+    limit: Limit = 20,
+    as_json: AsJson = False,
+    stack: Stack = None,
+) -> None:
+    """List jobs of all keys, newest first."""
+    use_stack(stack, "REEL_REDIS_URL")
+    from jobs.job import JobState
+
+    if state is not None and state not in set(JobState):
+        raise CliError(f"--state: got {state!r}, expected one of {', '.join(JobState)}")
+    wanted = JobState(state) if state else None
+    found, _ = _store().list("*", state=wanted, model=model, limit=limit)
+    _show_jobs(found, as_json)
+
+
+def nodes(as_json: AsJson = False, stack: Stack = None) -> None:
+    """List nodes: state, what they run, when they were last heard of."""
+    use_stack(stack, "REEL_REDIS_URL")
+    from jobs.nodes import NodeRegistry
+
+    rows = [_plain(node) for node in NodeRegistry(_redis()).list()]
+    if as_json:
+        _lines(rows)
+        return
+    columns = ("id", "state", "model", "ranks", "job_id", "draining")
+    _table(columns, [[_cell(row.get(name)) for name in columns] for row in rows])
+
+
+def drain(
+    node: Annotated[str, typer.Argument(help="The node's id, as `reel nodes` shows it.")], stack: Stack = None
+) -> None:
+    """Ask a node to take no more jobs, finish what it runs, and leave."""
+    use_stack(stack, "REEL_REDIS_URL")
+    from jobs.nodes import NodeRegistry
+
+    registry = NodeRegistry(_redis())
+    known = [_plain(item)["id"] for item in registry.list()]
+    if node not in known:
+        raise CliError(f"no node {node!r}; there are: {', '.join(known) or 'none'}")
+    registry.request_drain(node)
+    typer.echo(f"{node} will take no more jobs")
+
+
+@keys_app.command("create")
+def create_key(
+    name: Annotated[str, typer.Argument(help="What the key is for.")],
+    scope: Annotated[
+        list[str] | None, typer.Option(help="Repeatable: submit, read, admin, priority_high.")
+    ] = None,
+    stack: Stack = None,
+) -> None:
+    """Make an API key. The key and its webhook secret are shown this once."""
+    use_stack(stack, "REEL_REDIS_URL")
+    try:
+        record, plain, secret = _keys().create(name, tuple(scope or ("submit", "read")))
+    except ValueError as error:
+        raise CliError(f"--scope: {error}") from None
+    typer.echo(f"id             {_plain(record)['id']}\nkey            {plain}\nwebhook secret {secret}")
+
+
+@keys_app.command("list")
+def list_keys(as_json: AsJson = False, stack: Stack = None) -> None:
+    """List API keys, without their secrets."""
+    use_stack(stack, "REEL_REDIS_URL")
+    rows = [_plain(key) for key in _keys().list()]
+    if as_json:
+        _lines(rows)
+        return
+    columns = ("id", "name", "scopes", "created_at", "revoked_at")
+    _table(columns, [[_cell(row.get(name)) for name in columns] for row in rows])
+
+
+@keys_app.command("revoke")
+def revoke_key(
+    key_id: Annotated[str, typer.Argument(help="As `reel keys list` shows it.")], stack: Stack = None
+) -> None:
+    """Make a key useless at once."""
+    use_stack(stack, "REEL_REDIS_URL")
+    keys = _keys()
+    if key_id not in [_plain(key)["id"] for key in keys.list()]:
+        raise CliError(f"no key {key_id!r}; `reel keys list` shows them")
+    keys.revoke(key_id)
+    typer.echo(f"revoked {key_id}")
+
+
+@dead_app.command("list")
+def list_dead(limit: Limit = 20, as_json: AsJson = False, stack: Stack = None) -> None:
+    """List dead jobs, latest first, with why they failed."""
+    use_stack(stack, "REEL_REDIS_URL")
+    found, _ = _store().dead(limit=limit)
+    _show_jobs(found, as_json)
+
+
+@dead_app.command("replay")
+def replay(job_id: Annotated[str, typer.Argument(help="The job's id.")], stack: Stack = None) -> None:
+    """Queue a dead job again with fresh attempts."""
+    use_stack(stack, "REEL_REDIS_URL")
+    typer.echo(f"{_store().replay(job_id).id} is queued again")
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands."""
+    for command in (jobs, nodes, drain):
+        app.command(rich_help_panel=PANEL)(command)
+    app.add_typer(keys_app, name="keys", rich_help_panel=PANEL)
+    app.add_typer(dead_app, name="dead", rich_help_panel=PANEL)
+
+
+def _redis() -> Any:
+    from jobs.client import connect
+    from jobs.settings import get_settings
+
+    client = connect(get_settings())
+    client.ping()
+    return client
+
+
+def _store() -> "JobStore":
+    from jobs.settings import get_settings
+    from jobs.store import JobStore
+
+    return JobStore(_redis(), get_settings())
+
+
+def _keys() -> "KeyStore":
+    from jobs.keys import KeyStore
+    from jobs.settings import get_settings
+
+    secret = get_settings().secret_key
+    if secret is None:
+        raise CliError("REEL_SECRET_KEY is not set: keys are hashed with it; give the API's value")
+    return KeyStore(_redis(), secret.get_secret_value())
+
+
+def _show_jobs(found: "Sequence[Job]", as_json: bool) -> None:
+    from jobs.job import jsonable
+
+    if as_json:
+        _lines([jsonable(job) for job in found])
+        return
+    now = time.time()
+    columns = ("id", "state", "progress", "age", "model", "key", "node", "why")
+    rows = [
+        [
+            job.id,
+            job.state.value,
+            f"{job.progress:.0%}",
+            f"{now - job.created_at:.0f} s",
+            job.request.model,
+            job.key_id,
+            job.owner or "",
+            job.error.detail if job.error else "",
+        ]
+        for job in found
+    ]
+    _table(columns, rows)
+
+
+def _plain(record: Any) -> dict[str, Any]:
+    """A record's fields as JSON types, be it a pydantic model or a dataclass."""
+    from dataclasses import asdict, is_dataclass
+
+    if is_dataclass(record) and not isinstance(record, type):
+        return asdict(record)
+    values: dict[str, Any] = record.model_dump(mode="json", by_alias=True)
+    return values
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return " ".join(sorted(map(str, value)))
+    return str(value)
+
+
+def _lines(rows: Sequence[dict[str, Any]]) -> None:
+    for row in rows:
+        typer.echo(json.dumps(row, default=str))
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Aligned columns; a terminal that is too narrow wraps nothing away."""
+    lines = [columns, *rows]
+    widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
+    for row in lines:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,0 +1,76 @@
+"""`reel run` and `reel make-tiny`: the engine without any service."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from infra.commands import fields
+
+
+class Dtype(StrEnum):
+    """Of weights and matrix products."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+def run(
+    prompt: fields.Prompt,
+    model: Annotated[Path, typer.Option(help="Folder of the checkpoint.")],
+    image: fields.Image = None,
+    out: Annotated[Path, typer.Option(help="The MP4 to write.")] = Path("video.mp4"),
+    dtype: Annotated[Dtype | None, typer.Option(help="Else bfloat16 on a GPU, float32 on a CPU.")] = None,
+    save_latents: Annotated[
+        Path | None, typer.Option(help="Also write the latents before the VAE (safetensors).")
+    ] = None,
+    negative_prompt: fields.NegativePrompt = None,
+    size: fields.Size = None,
+    frame_num: fields.FrameNum = None,
+    shift: fields.Shift = None,
+    sampling_steps: fields.SamplingSteps = None,
+    guide_scale: fields.GuideScale = None,
+    seed: fields.Seed = None,
+    sample_solver: fields.SampleSolver = None,
+) -> None:
+    """Make a video in this process, or in all processes of a torchrun; no queue, no Redis, no S3."""
+    from engine.run import run as run_engine
+    from infra.models import given_model
+
+    run_engine(
+        model=given_model(model),
+        prompt=prompt,
+        image=image,
+        out=out,
+        dtype=dtype.value if dtype else None,
+        save_latents=save_latents,
+        negative_prompt=negative_prompt,
+        size=fields.parse_size(size),
+        frame_num=frame_num,
+        shift=shift,
+        sampling_steps=sampling_steps,
+        guide_scale=fields.parse_guide_scale(guide_scale),
+        seed=seed,
+        sample_solver=sample_solver.value if sample_solver else None,
+    )
+
+
+def make_tiny(
+    folder: Annotated[Path, typer.Argument(help="Must not exist, or be empty.")],
+    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+) -> None:
+    """Make a tiny random checkpoint in the full official layout, for tests and trials."""
+    from engine.tiny import make_tiny as make
+    from infra.errors import CliError
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CliError(f"{folder} exists and is not an empty folder: name another one")
+    make(folder, seed=seed)
+    typer.echo(str(folder))
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands."""
+    app.command(rich_help_panel="Make videos")(run)
+    app.command("make-tiny", rich_help_panel="Make videos")(make_tiny)

@@ -1,0 +1,297 @@
+"""The embedded stack: every real part of the service as child processes of this one, on loopback.
+
+redis-server, `weed server -s3`, `reel api`, `reel celery worker`, `reel celery beat` and one or more
+`reel node`, each by the command line that a deployment uses. Secrets, ports and data live in the data dir,
+so a second start is the same stack.
+"""
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from infra.errors import CliError
+from infra.models import default_model, given_model, gpus
+from infra.ports import HOST, PortBlock, is_free
+from infra.process import PartSpec
+from infra.redis_server import redis_part
+from infra.reaper import MARKER
+from infra.state import StackState, lock_data_dir
+from infra.supervisor import Supervisor
+from infra.weed import PORTS, sockets, weed_part
+
+if TYPE_CHECKING:
+    from jobs.settings import Settings
+
+DEFAULT_PORT = 8080
+CPU_RANKS = 2
+SCOPES = ("submit", "read", "admin", "priority_high")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class LocalConfig:
+    """What `reel up` can be told.
+
+    port: of the API; None: 8080, or a free one when it is taken. model: None: the demo model, else a tiny
+    random one. receiver: also run `reel listen`, on `LocalStack.receiver_url`.
+    """
+
+    data_dir: Path
+    port: int | None = None
+    nodes: int = 1
+    model: Path | None = None
+    receiver: bool = False
+
+
+class LocalStack:
+    """A started stack. Use `running`."""
+
+    def __init__(
+        self, config: LocalConfig, supervisor: Supervisor, ports: PortBlock, state: StackState
+    ) -> None:
+        self.config = config
+        self.data_dir = config.data_dir
+        self.supervisor = supervisor
+        self.state = state
+        self._weed_ports = ports.ports[:PORTS]
+        self._redis_port, self._receiver_port, spare = ports.ports[PORTS : PORTS + 3]
+        self._api_port = _choose_api_port(config.port, spare)
+        (self.data_dir / "logs").mkdir(exist_ok=True)
+
+    @property
+    def url(self) -> str:
+        """The API's base URL."""
+        return f"http://{HOST}:{self._api_port}"
+
+    @property
+    def receiver_url(self) -> str:
+        """Where `reel listen` takes webhooks, when the configuration asks for it."""
+        return f"http://{HOST}:{self._receiver_port}/"
+
+    @property
+    def api_key(self) -> str:
+        """A key with every scope."""
+        assert self.state.api_key is not None
+        return self.state.api_key
+
+    @property
+    def webhook_secret(self) -> str:
+        """What that key's webhooks are signed with."""
+        assert self.state.webhook_secret is not None
+        return self.state.webhook_secret
+
+    def log(self, name: str) -> Path:
+        """A part's log file."""
+        return self.data_dir / "logs" / f"{name}.log"
+
+    def start(self, say: Say) -> None:
+        """Start everything; returns when a job would run. Raises CliError or Interrupted."""
+        self._start_stores()
+        model = self._model()
+        say(f"redis and S3 are up; starting the API, workers and {self.config.nodes} node(s) for {model}")
+        self._start_parts(model)
+        self._wait_until_ready()
+        self.supervisor.ready = True
+
+    def _start_stores(self) -> None:
+        supervisor, state = self.supervisor, self.state
+        env, folder = self._env({}), self.data_dir / "redis"
+        redis = supervisor.add(
+            redis_part(folder, self._redis_port, state.redis_password, self.log("redis"), env)
+        )
+        folder, keys = self.data_dir / "weed", (state.s3_access_key, state.s3_secret_key)
+        weed = supervisor.add(weed_part(folder, self._weed_ports, keys, self.log("weed"), env))
+        supervisor.wait_for(self._redis_answers, 30, "redis", redis)
+        self._ensure_key()
+        supervisor.wait_for(self._s3_takes_writes, 60, "the S3 store", weed)
+
+    def _start_parts(self, model: Path) -> None:
+        nodes, cards = self.config.nodes, gpus()
+        for number in range(1, nodes + 1):
+            share = cards[(number - 1) * len(cards) // nodes : number * len(cards) // nodes]
+            self._add_reel(
+                f"node-{number}",
+                ["node", "--model", str(model)],
+                self._node_env(number, share),
+                stop_seconds=15.0,
+                stop_signal=signal.SIGINT,  # gives a running job back at once; SIGTERM would finish it first
+            )
+        secret = {"REEL_SECRET_KEY": self.state.secret_key}
+        self._add_reel("api", ["api"], secret, 5.0)
+        self._add_reel("celery-worker", ["celery", "worker"], secret, 5.0, stop_order=1)
+        self._add_reel("celery-beat", ["celery", "beat"], secret, 3.0)
+        if self.config.receiver:
+            listen, known = ["listen", "--port", str(self._receiver_port)], self.webhook_secret
+            self._add_reel("receiver", listen, {"REEL_WEBHOOK_SECRET": known}, 2.0, stop_order=2)
+
+    def _add_reel(
+        self,
+        name: str,
+        args: list[str],
+        extra: dict[str, str],
+        stop_seconds: float,
+        stop_order: int = 0,
+        stop_signal: signal.Signals = signal.SIGTERM,
+    ) -> None:
+        argv = (sys.executable, "-m", "infra.cli", *args)
+        env = self._env(self._settings_env() | extra)
+        log, cwd = self.log(name), self.data_dir
+        self.supervisor.add(PartSpec(name, argv, env, log, cwd, stop_order, stop_seconds, stop_signal))
+
+    def _model(self) -> Path:
+        if self.config.model is not None:
+            return given_model(self.config.model)
+        return default_model(self.data_dir, self.log("make-tiny"), self._env({}), self.supervisor)
+
+    def _env(self, extra: dict[str, str]) -> dict[str, str]:
+        """The environment of a part: ours, the stack's marker, no proxy for loopback, and `extra`."""
+        direct = ",".join(filter(None, [os.environ.get("NO_PROXY", ""), HOST, "localhost"]))
+        marker = {MARKER: self.supervisor.stack_id, "PYTHONUNBUFFERED": "1"}
+        return {**os.environ, **marker, "NO_PROXY": direct, "no_proxy": direct, **extra}
+
+    def _settings_env(self) -> dict[str, str]:
+        state, s3 = self.state, f"http://{HOST}:{self._weed_ports[0]}"
+        return {
+            "REEL_REDIS_URL": f"redis://:{state.redis_password}@{HOST}:{self._redis_port}/0",
+            "REEL_S3_ENDPOINT": s3,
+            "REEL_S3_PUBLIC_ENDPOINT": s3,
+            "REEL_S3_BUCKET": "reelserve",
+            "REEL_S3_ACCESS_KEY": state.s3_access_key,
+            "REEL_S3_SECRET_KEY": state.s3_secret_key,
+            "REEL_API_HOST": HOST,
+            "REEL_API_PORT": str(self._api_port),
+            "REEL_PUBLIC_URL": self.url,
+            "REEL_ALLOW_LOOPBACK_CALLBACKS": "true",
+            "REEL_DATA_DIR": str(self.data_dir),
+        }
+
+    def _node_env(self, number: int, cards: list[str]) -> dict[str, str]:
+        env = {
+            "REEL_NODE_ID": f"local-{number}",
+            "REEL_DATA_DIR": str(self.data_dir / f"node-{number}"),
+        }
+        if cards:
+            return env | {"CUDA_VISIBLE_DEVICES": ",".join(cards)}
+        ranks = int(os.environ.get("REEL_NODE_RANKS", "0")) or CPU_RANKS
+        threads = max(1, (os.cpu_count() or 1) // (ranks * self.config.nodes))
+        return env | {"REEL_NODE_RANKS": str(ranks), "OMP_NUM_THREADS": str(threads)}
+
+    def settings(self) -> "Settings":
+        """The settings that the stack's API runs with, for code in this process."""
+        from jobs.settings import Settings
+
+        values = {**self._settings_env(), "REEL_SECRET_KEY": self.state.secret_key}
+        return Settings.model_validate({name.removeprefix("REEL_").lower(): v for name, v in values.items()})
+
+    def _redis_answers(self) -> bool:
+        import redis
+
+        from jobs.client import connect
+
+        with contextlib.closing(connect(self.settings())) as client:
+            try:
+                return bool(client.ping())
+            except redis.RedisError:
+                return False
+
+    def _ensure_key(self) -> None:
+        """Keep the API key of the last start if Redis still knows it, else make one."""
+        from jobs.client import connect
+        from jobs.keys import KeyStore
+
+        with contextlib.closing(connect(self.settings())) as client:
+            keys = KeyStore(client, self.state.secret_key)
+            if self.state.api_key is not None and keys.authenticate(self.state.api_key) is not None:
+                return
+            _, self.state.api_key, self.state.webhook_secret = keys.create("local", SCOPES)
+            self.state.save(self.data_dir)
+
+    def _s3_takes_writes(self) -> bool:
+        """Whether an object can be stored: the gateway listens seconds before a volume is writable."""
+        import boto3
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        settings = self.settings()
+        assert settings.s3_secret_key is not None
+        client = boto3.client(
+            "s3",
+            endpoint_url=settings.s3_endpoint,
+            region_name=settings.s3_region,
+            aws_access_key_id=settings.s3_access_key,
+            aws_secret_access_key=settings.s3_secret_key.get_secret_value(),
+            config=Config(connect_timeout=1, read_timeout=2, retries={"total_max_attempts": 1}, proxies={}),
+        )
+        there = (client.exceptions.BucketAlreadyExists, client.exceptions.BucketAlreadyOwnedByYou)
+        try:
+            with contextlib.suppress(*there):
+                client.create_bucket(Bucket=settings.s3_bucket)
+            client.put_object(Bucket=settings.s3_bucket, Key="probe/ready", Body=b"1")
+        except (BotoCoreError, ClientError):
+            return False
+        return True
+
+    def _wait_until_ready(self) -> None:
+        parts = {part.spec.name: part for part in self.supervisor.parts}
+        self.supervisor.wait_for(lambda: self._get("/readyz") is not None, 90, "the API", parts["api"])
+        self.supervisor.wait_for(self._nodes_live, 180, "a node", parts["node-1"])
+
+    def _nodes_live(self) -> bool:
+        answer = self._get("/v1/nodes")
+        nodes = answer.get("data", []) if isinstance(answer, dict) else []
+        live = {node["id"] for node in nodes if node.get("state") in ("idle", "running")}
+        return {f"local-{number}" for number in range(1, self.config.nodes + 1)} <= live
+
+    def _get(self, path: str) -> object | None:
+        """The JSON of a GET, or None unless it is a 200."""
+        request = urllib.request.Request(self.url + path, headers={"Authorization": f"Bearer {self.api_key}"})
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with direct.open(request, timeout=5) as response:
+                answer: object = json.load(response)
+                return answer
+        except (OSError, ValueError, http.client.HTTPException):
+            return None
+
+
+@contextlib.contextmanager
+def running(config: LocalConfig, say: Say) -> Iterator[LocalStack]:
+    """Start a stack, and stop it whatever happens in the block.
+
+    Raises CliError (a part that cannot start, a data dir in use) or Interrupted (SIGINT, SIGTERM, SIGHUP).
+    """
+    if config.nodes < 1:
+        raise CliError(f"--nodes: got {config.nodes}, expected 1 or more")
+    lock = lock_data_dir(config.data_dir)
+    try:
+        state = StackState.load(config.data_dir)
+        ports = PortBlock.claim(state.port_base)
+        state.port_base = ports.base
+        state.save(config.data_dir)
+        try:
+            with Supervisor(lock, say) as supervisor:
+                stack = LocalStack(config, supervisor, ports, state)
+                stack.start(say)
+                yield stack
+        finally:
+            for path in sockets(ports.ports[:PORTS]):
+                path.unlink(missing_ok=True)
+            ports.release()
+    finally:
+        os.close(lock)
+
+
+def _choose_api_port(wanted: int | None, spare: int) -> int:
+    if wanted:
+        if not is_free(wanted):
+            raise CliError(f"port {wanted} is taken: stop what listens there, or give --port another one")
+        return wanted
+    return DEFAULT_PORT if wanted is None and is_free(DEFAULT_PORT) else spare

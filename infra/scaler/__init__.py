@@ -1,0 +1,1 @@
+"""The scaler: how many nodes each model gets, and which of them go."""
