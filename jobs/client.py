@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import redis
 import redis.asyncio
 from redis import exceptions
-from redis.backoff import ExponentialWithJitterBackoff
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
 from jobs.errors import StoreUnavailable
@@ -21,7 +22,7 @@ _NOT_NOW = (
     "CLUSTERDOWN",
     "MISCONF",
     "NOREPLICAS",
-    "OOM",
+    "maxmemory",
     "BUSY",
     "UNKILLABLE",
 )
@@ -42,6 +43,26 @@ class RedisClient(Protocol):
         """A client that keeps to one connection."""
         ...
 
+    def ping(self, **options: Any) -> Any:
+        """Raise a redis error unless the server answers."""
+        ...
+
+    def close(self) -> None:
+        """Drop the connections."""
+        ...
+
+
+class AsyncRedisClient(Protocol):
+    """The same of ``redis.asyncio.Redis``."""
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        """Send one command and return its reply."""
+        ...
+
+    async def aclose(self) -> None:
+        """Drop the connections."""
+        ...
+
 
 @contextmanager
 def guard() -> Iterator[None]:
@@ -52,7 +73,7 @@ def guard() -> Iterator[None]:
         raise StoreUnavailable(f"Redis cannot be reached: {error}; try again shortly") from error
     except exceptions.ResponseError as error:
         text = str(error)
-        if isinstance(error, exceptions.OutOfMemoryError) or any(word in text[:200] for word in _NOT_NOW):
+        if isinstance(error, exceptions.MasterDownError) or any(word in text[:300] for word in _NOT_NOW):
             raise StoreUnavailable(f"Redis refuses writes: {text}; try again shortly") from error
         raise
 
@@ -69,28 +90,22 @@ def _options(settings: Settings) -> dict[str, Any]:
     return options
 
 
-def connect(settings: Settings) -> "redis.Redis":
-    """A client for `settings.redis_url`. Nothing is sent yet.
+def connect(settings: Settings) -> RedisClient:
+    """A client (a ``redis.Redis``) for `settings.redis_url`. Nothing is sent yet.
 
     A command whose reply was lost is sent again (twice at most): every script in this package tolerates a
     repeated call.
     """
-    return redis.Redis.from_url(
-        settings.redis_url,
-        retry=Retry(ExponentialWithJitterBackoff(cap=0.5, base=0.05), 2),
-        **_options(settings),
-    )
+    retry = Retry(ExponentialBackoff(cap=0.5, base=0.05), 2)
+    client: RedisClient = redis.Redis.from_url(settings.redis_url, retry=retry, **_options(settings))
+    return client
 
 
-def connect_async(settings: Settings) -> "redis.asyncio.Redis":
-    """The asyncio client, for long reads of event streams."""
-    from redis.asyncio.retry import Retry as AsyncRetry
-
-    return redis.asyncio.Redis.from_url(
-        settings.redis_url,
-        retry=AsyncRetry(ExponentialWithJitterBackoff(cap=0.5, base=0.05), 2),
-        **_options(settings),
-    )
+def connect_async(settings: Settings) -> AsyncRedisClient:
+    """The asyncio client (a ``redis.asyncio.Redis``), for long reads of event streams."""
+    retry = AsyncRetry(ExponentialBackoff(cap=0.5, base=0.05), 2)
+    client: Any = redis.asyncio.Redis.from_url(settings.redis_url, retry=retry, **_options(settings))
+    return cast(AsyncRedisClient, client)
 
 
 def require_text(client: object) -> None:

@@ -2,13 +2,10 @@
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from jobs.client import RedisClient, guard
+from jobs.client import AsyncRedisClient, RedisClient, guard
 from jobs.scripts import PREFIX
-
-if TYPE_CHECKING:
-    import redis.asyncio
 
 START = "0"  # `after` this id: everything that the stream still holds
 
@@ -34,7 +31,7 @@ def read_events(
 
 
 async def read_events_async(
-    redis: "redis.asyncio.Redis", job_id: str, after: str = START, block_ms: int = 0, count: int = 100
+    redis: AsyncRedisClient, job_id: str, after: str = START, block_ms: int = 0, count: int = 100
 ) -> list[Event]:
     """The same for asyncio: holds one pooled connection while it waits."""
     with guard():

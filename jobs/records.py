@@ -11,7 +11,9 @@ def to_record(new: NewJob) -> dict[str, str]:
     """The hash that submit's script stores: short values only, which Redis packs tightly."""
     wanted = [event.removeprefix("job.") for event in new.webhook_events] if new.callback_url else []
     empty = ("started_at", "finished_at", "deadline_at", "owner", "lease_until", "phase", "eta_seconds")
+    image = {"image": new.request.image} if new.request.image else {}
     return {
+        **image,
         **dict.fromkeys((*empty, "error", "result", "closed"), ""),
         **dict.fromkeys(("attempts", "token", "step", "progress", "cancel_requested"), "0"),
         "id": new.id,
@@ -38,7 +40,7 @@ def pairs(flat: Sequence[str] | dict[str, str]) -> dict[str, str]:
 
 _JSON = frozenset({"error", "result"})
 _SKIP = frozenset(
-    {"model", "ref", "hooks", "closed", "turn", "memory_failures", "progress_hook_at", "deliveries"}
+    {"model", "ref", "image", "hooks", "closed", "turn", "memory_failures", "progress_hook_at", "deliveries"}
 )
 
 

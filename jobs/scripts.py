@@ -33,7 +33,8 @@ nodes, node:<id>           zset,  node registry (plain commands, no scripts)   N
 drain:<id>                 string an operator's wish                           1 day
 models                     hash   model cards                                  withdraw_model
 apikeys, apikeys:hashes    hash   API keys                                     one entry a key made
-uploads                    zset   input images by expiry                       sweep
+uploads, uploads:users     zset,  input images by expiry; live jobs using one  UploadIndex.done; at 0
+                           hash
 ========================== ====== ============================================ ==========================
 
 Level: 0 high, 1 normal, 2 low. Redis Cluster is not supported: scripts compute keys from records.

@@ -1,5 +1,16 @@
 -- Prelude 4 of 4: moves that several scripts share.
 
+-- An input image stays while a live job uses it, and for the retention time after the last one's end.
+local function use_image(job, change)
+  if not job.image then
+    return
+  end
+  if redis.call('HINCRBY', P .. 'uploads:users', job.image, change) <= 0 then
+    redis.call('HDEL', P .. 'uploads:users', job.image)
+    redis.call('ZADD', P .. 'uploads', 'XX', seconds(now + conf.retention_seconds), job.image)
+  end
+end
+
 -- A new attempt: the token rises, so every earlier owner's writes are refused from here on.
 local function start(job, node)
   move(job, 'running', {
@@ -33,6 +44,7 @@ local function conclude(job, state, fields)
   lease_drop(job)
   redis.call('ZREM', P .. 'deadlines', job.id)
   redis.call('ZADD', P .. 'retention', seconds(now + conf.retention_seconds), job.id)
+  use_image(job, -1)
   emit(job, state)
 end
 

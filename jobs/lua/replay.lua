@@ -13,6 +13,7 @@ move(job, 'queued', {
   attempts = '0', memory_failures = '0', error = '', finished_at = '', owner = '', closed = '', step = '0',
   progress = '0', queued_at = seconds(now), deadline_at = '', cancel_requested = '0',
 })
+use_image(job, 1)
 enqueue(job)
 emit(job, 'queued')
 return reply(job)

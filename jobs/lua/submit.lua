@@ -40,6 +40,7 @@ if idem ~= '' then
   redis.call('EXPIRE', idem_key, conf.idempotency_seconds)
 end
 index_add(job)
+use_image(job, 1)
 enqueue(job)
 emit(job, 'queued')
 return reply(job)
