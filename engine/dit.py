@@ -76,7 +76,7 @@ class Attention(nn.Module):
 
     def split_heads(self, x_BLD: Tensor) -> Tensor:
         """[B, L, D] as [B, L, N, K]."""
-        return x_BLD.unflatten(-1, (self.heads, -1))
+        return torch.unflatten(x_BLD, -1, (self.heads, -1))
 
 
 class SelfAttention(Attention):
@@ -215,7 +215,7 @@ class DiT(nn.Module):
             wave = sinusoid(timesteps_BS, self.config.freq_dim)
             time_BSD = linear(self.time_embedding[2], F.silu(linear(self.time_embedding[0], wave)))
             e_BSD6 = linear(self.time_projection[1], F.silu(time_BSD))
-        return time_BSD, e_BSD6.unflatten(-1, (6, -1))
+        return time_BSD, torch.unflatten(e_BSD6, -1, (6, -1))
 
     def embed_patches(self, patches_BLP: Tensor) -> Tensor:
         """The patch convolution as a matrix product over patches, fp32: [B, L, D]."""

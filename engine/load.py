@@ -139,9 +139,7 @@ def _dit(part: Part, config: DiTConfig, device: torch.device, dtype: torch.dtype
     return _load(part.folder.name, lambda: DiT(config), part, device, dtype_of)
 
 
-def _text_encoder(
-    layout: Layout, dit: DiTConfig, device: torch.device, dtype: torch.dtype
-) -> TextEncoder:
+def _text_encoder(layout: Layout, dit: DiTConfig, device: torch.device, dtype: torch.dtype) -> TextEncoder:
     config = config_from_shapes({entry.name: entry.shape for entry in layout.text.entries.values()})
     if config.d_model != dit.text_dim:
         raise CheckpointError(

@@ -38,6 +38,6 @@ def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 def apply_rope(x_BLHK: Tensor, cos_LK: Tensor, sin_LK: Tensor) -> Tensor:
     """Turn each interleaved pair (2i, 2i+1) of every head by its token's angle; fp32 out."""
-    even, odd = x_BLHK.float().unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = torch.unflatten(x_BLHK.float(), -1, (-1, 2)).unbind(-1)
     cos, sin = cos_LK[:, None, :], sin_LK[:, None, :]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)

@@ -114,18 +114,19 @@ class Pipeline:
         tracker: Tracker,
     ) -> Tensor:
         """From noise to clean latents [C, F, H, W], one solver step after another."""
-        solver = make_solver(request.solver, make_schedule(request.solver, request.sampling_steps, request.shift))
+        schedule = make_schedule(request.solver, request.sampling_steps, request.shift)
+        solver = make_solver(request.solver, schedule)
         texts: dict[tuple[int, ...], TextKV] = {}
         latents_CFHW = image.pin(latents_CFHW)
         expert = None
-        for step, t in enumerate(solver.schedule.timesteps.tolist()):
-            tracker.report("denoising", step, solver.schedule.steps)
+        for step, t in enumerate(schedule.timesteps.tolist()):
+            tracker.report("denoising", step, schedule.steps)
             chosen, guide = self.expert_at(t, request.guide_scale)
             if chosen is not expert:
                 expert, texts = chosen, {}  # the other expert's text keys and values are done with
             flow_CFHW = self.flow(chosen, guide, t, latents_CFHW, text_2TE, texts, image)
             latents_CFHW = image.pin(solver.step(flow_CFHW, latents_CFHW))
-        tracker.report("denoising", solver.schedule.steps, solver.schedule.steps)
+        tracker.report("denoising", schedule.steps, schedule.steps)
         return latents_CFHW
 
     def flow(
@@ -146,11 +147,12 @@ class Pipeline:
         if rows not in texts:
             texts[rows] = expert.encode_text(text_2TE[list(rows)])
         inputs = image.model_input(latents_CFHW)[None]
-        flow = expert(inputs, image.timesteps(t, self.device), texts[rows], self.sequence)
+        flow: Tensor = expert(inputs, image.timesteps(t, self.device), texts[rows], self.sequence)
         if guide == 1.0:
             return flow[0]
         cond, uncond = flow if len(rows) == 2 else self.mesh.both_branches(flow)
-        return uncond + guide * (cond - uncond)
+        guided: Tensor = uncond + guide * (cond - uncond)
+        return guided
 
     def expert_at(self, t: int, guide_scale: tuple[float, float]) -> tuple[DiT, float]:
         """The expert for timestep t and its guidance scale; a lone expert uses the first of the pair."""

@@ -105,7 +105,8 @@ def override(base: Facts, path: Path) -> Facts:
         )
     if "sizes" in given:
         given["sizes"] = tuple(parse_size(size) for size in given["sizes"])
-    return replace(base, **{key: tuple(v) if isinstance(v, list) else v for key, v in given.items()})
+    changes: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
+    return replace(base, **changes)
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -63,8 +63,10 @@ def clean_prompt(prompt: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
-def umt5_config(vocab: int, dim: int, attention_dim: int, ffn_dim: int, heads: int, layers: int) -> UMT5Config:
-    """A UMT5 encoder's configuration; the buckets of relative positions are always 32 up to 128 tokens."""
+def umt5_config(
+    vocab: int, dim: int, attention_dim: int, ffn_dim: int, heads: int, layers: int
+) -> UMT5Config:
+    """A UMT5 encoder's configuration; buckets of relative positions are always 32 up to 128 tokens."""
     return UMT5Config(
         vocab_size=vocab,
         d_model=dim,

@@ -1,6 +1,6 @@
 """A tiny checkpoint with random weights, in the full official layout, made in seconds on a CPU.
 
-It goes through the same loader as the real ones. Its videos are noise; what it shows is that every part works.
+It goes through the same loader as the real ones. Its videos are noise; they show that every part works.
 """
 
 from pathlib import Path
@@ -43,7 +43,7 @@ def randomize(model: nn.Module, generator: torch.Generator) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if name.endswith("gamma") or "norm" in name and name.endswith("weight"):
+            if name.endswith("gamma") or ("norm" in name and name.endswith("weight")):
                 parameter.copy_(1 + 0.2 * noise)
             elif parameter.ndim > 1 and "modulation" not in name:
                 parameter.copy_(noise / (parameter[0].numel() ** 0.5))

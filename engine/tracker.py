@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from engine.config import Canceled, CancelCheck, Progress, ProgressCallback
+from engine.config import CancelCheck, Canceled, Progress, ProgressCallback
 from engine.parallel.mesh import Mesh
 
 Phase = Literal["encoding", "denoising", "decoding"]

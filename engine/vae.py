@@ -7,6 +7,7 @@ Shapes: B batch, C latent channels, T video frames, F latent frames, H rows, W c
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from engine.vae_blocks import (
     ResidualBlock,
     Stream,
     Upsample,
+    run,
     stream_conv,
 )
 from engine.vae_stages import DownStage, UpStage
@@ -44,7 +46,7 @@ class Encoder(nn.Module):
         dims = [config.base_dim * m for m in (1, *config.dim_mult)]
         self.conv1 = CausalConv3d(3 if config.kind == "2.1" else 12, dims[0], 3)
         layers: list[nn.Module] = []
-        for i, (in_dim, out_dim) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+        for i, (in_dim, out_dim) in enumerate(pairwise(dims)):
             last = i == len(config.dim_mult) - 1
             temporal = not last and config.temporal_downsample[i]
             if config.kind == "2.2":
@@ -61,8 +63,7 @@ class Encoder(nn.Module):
     def stream(self, x_BCTHW: Tensor, stream: Stream) -> Tensor:
         """The next chunk of frames (1, then 4 each) as one latent frame's channels."""
         x = self.conv1.stream(x_BCTHW, stream)
-        for layer in (*self.downsamples, *self.middle):
-            x = layer.stream(x, stream)
+        x = run((*self.downsamples, *self.middle), x, stream)
         return stream_conv(self.head["2"], F.silu(self.head["0"](x)), stream)
 
 
@@ -77,7 +78,7 @@ class Decoder(nn.Module):
         self.conv1 = CausalConv3d(config.z_dim, dims[0], 3)
         self.middle = middle(dims[0])
         layers: list[nn.Module] = []
-        for i, (in_dim, out_dim) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+        for i, (in_dim, out_dim) in enumerate(pairwise(dims)):
             last = i == len(multipliers) - 1
             temporal = not last and upsample_time[i]
             if config.kind == "2.2":
@@ -94,8 +95,7 @@ class Decoder(nn.Module):
     def stream(self, z_BCFHW: Tensor, stream: Stream) -> Tensor:
         """The next latent frame as 1 (the first) or 4 frames."""
         x = self.conv1.stream(z_BCFHW, stream)
-        for layer in (*self.middle, *self.upsamples):
-            x = layer.stream(x, stream)
+        x = run((*self.middle, *self.upsamples), x, stream)
         return stream_conv(self.head["2"], F.silu(self.head["0"](x)), stream)
 
 
@@ -125,14 +125,14 @@ class VAE(nn.Module):
         self.decoder = Decoder(config)
 
     def encode_moments(self, video_B3THW: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance, each [B, C, F, H/s, W/s], not normalised; T must be 4n+1, values in [-1, 1]."""
+        """Mean and log-variance, [B, C, F, H/s, W/s] each, not normalised; T is 4n+1, values in [-1, 1]."""
         frames = video_B3THW.shape[2]
         step = self.config.stride[0]
         if frames % step != 1:
             raise ValueError(f"a video of {frames} frames can't be encoded: it takes {step}n+1 frames")
         x = fold_pixels(video_B3THW) if self.config.kind == "2.2" else video_B3THW
         stream, chunks = Stream(), []
-        for chunk in x.split([1] + [step] * (frames // step), dim=2):
+        for chunk in torch.split(x, [1] + [step] * (frames // step), dim=2):
             chunks.append(self.encoder.stream(chunk, stream))
             stream.first = False
         mean, log_variance = self.conv1(torch.cat(chunks, dim=2)).chunk(2, dim=1)
@@ -154,7 +154,7 @@ class VAE(nn.Module):
         z = latents_BCFHW * self._channels(config.latent_std, latents_BCFHW)
         z = self.conv2(z + self._channels(config.latent_mean, latents_BCFHW))
         stream = Stream()
-        for latent in z.split(1, dim=2):
+        for latent in torch.split(z, 1, dim=2):
             frames = self.decoder.stream(latent, stream)
             stream.first = False
             yield unfold_pixels(frames) if config.kind == "2.2" else frames

@@ -8,6 +8,8 @@ Shapes: B batch, C channels, T frames, H rows, W columns.
 Facts: the official `wan/modules/vae2_1.py` and `vae2_2.py` (Wan-Video/Wan2.2, Apache-2.0).
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,6 +33,22 @@ class Stream:
         return x_BCTHW
 
 
+class Layer(nn.Module):
+    """A layer that takes a video chunk by chunk."""
+
+    def stream(self, x_BCTHW: Tensor, stream: Stream) -> Tensor:
+        """The next chunk's output."""
+        raise NotImplementedError
+
+
+def run(layers: Iterable[nn.Module], x_BCTHW: Tensor, stream: Stream) -> Tensor:
+    """The next chunk through layers one after another."""
+    for layer in layers:
+        assert isinstance(layer, Layer)
+        x_BCTHW = layer.stream(x_BCTHW, stream)
+    return x_BCTHW
+
+
 class CausalConv3d(nn.Conv3d):
     """A convolution that sees no later frame: all its temporal padding is in the past."""
 
@@ -41,7 +59,8 @@ class CausalConv3d(nn.Conv3d):
     def stream(self, x_BCTHW: Tensor, stream: Stream) -> Tensor:
         """The next chunk's output."""
         frames = self.kernel_size[0] - 1
-        return self(stream.remember(self, x_BCTHW, frames) if frames else x_BCTHW)
+        y: Tensor = self(stream.remember(self, x_BCTHW, frames) if frames else x_BCTHW)
+        return y
 
 
 class ChannelNorm(nn.Module):
@@ -53,11 +72,11 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, ...] normalised, in x's dtype."""
-        y = F.normalize(x.float(), dim=1) * self.gamma.shape[0] ** 0.5 * self.gamma
-        return y.to(x.dtype)
+        gain: Tensor = self.gamma.shape[0] ** 0.5 * self.gamma
+        return (F.normalize(x.float(), dim=1) * gain).to(x.dtype)
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(Layer):
     """Norm, SiLU, causal convolution, twice, added to a shortcut."""
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
@@ -77,10 +96,11 @@ class ResidualBlock(nn.Module):
         y = x_BCTHW
         for norm, conv in (("0", "2"), ("3", "6")):
             y = stream_conv(self.residual[conv], F.silu(self.residual[norm](y)), stream)
-        return y + self.shortcut(x_BCTHW)
+        shortcut: Tensor = self.shortcut(x_BCTHW)
+        return y + shortcut
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(Layer):
     """One-head self-attention over the pixels of each frame by itself."""
 
     def __init__(self, dim: int) -> None:
@@ -96,17 +116,18 @@ class AttentionBlock(nn.Module):
         x = x_BCTHW.transpose(1, 2).flatten(0, 1)
         q, k, v = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
         y = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).reshape(b * t, c, h, w)
-        return x_BCTHW + self.proj(y).unflatten(0, (b, t)).transpose(1, 2)
+        out: Tensor = self.proj(y)
+        return x_BCTHW + out.view(b, t, c, h, w).transpose(1, 2)
 
 
 def per_frame(layer: nn.Module, x_BCTHW: Tensor) -> Tensor:
     """A 2-D layer over every frame."""
     b, t = x_BCTHW.shape[0], x_BCTHW.shape[2]
     y: Tensor = layer(x_BCTHW.transpose(1, 2).flatten(0, 1))
-    return y.unflatten(0, (b, t)).transpose(1, 2)
+    return y.view(b, t, *y.shape[1:]).transpose(1, 2)
 
 
-class Downsample(nn.Module):
+class Downsample(Layer):
     """Half the rows and columns, and with `temporal` half the frames; the first frame keeps its own."""
 
     def __init__(self, dim: int, temporal: bool) -> None:
@@ -126,7 +147,7 @@ class Downsample(nn.Module):
         return y
 
 
-class Upsample(nn.Module):
+class Upsample(Layer):
     """Twice the rows and columns, and with `temporal` twice the frames, but for the first."""
 
     def __init__(self, dim: int, out_dim: int, temporal: bool) -> None:
@@ -139,8 +160,9 @@ class Upsample(nn.Module):
     def stream(self, x_BCTHW: Tensor, stream: Stream) -> Tensor:
         """The next chunk's output. Frame 0 skips the time convolution; later frames see zeros for it."""
         if self.time_conv is not None and not stream.first:
-            pairs = self.time_conv.stream(x_BCTHW, stream).unflatten(1, (2, -1))  # [B, 2, C, T, H, W]
-            x_BCTHW = pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+            b, c, t, h, w = x_BCTHW.shape
+            pairs = self.time_conv.stream(x_BCTHW, stream).view(b, 2, c, t, h, w)
+            x_BCTHW = pairs.permute(0, 2, 3, 1, 4, 5).reshape(b, c, 2 * t, h, w)
         return per_frame(self.resample, x_BCTHW)
 
 

@@ -3,10 +3,12 @@
 Shapes: B batch, C channels, T frames, H rows, W columns; t and s are factors in time and space.
 """
 
+from itertools import pairwise
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.vae_blocks import Downsample, ResidualBlock, Stream, Upsample
+from engine.vae_blocks import Downsample, Layer, ResidualBlock, Stream, Upsample, run
 
 
 def average_down(x_BCTHW: Tensor, out_dim: int, t: int, s: int) -> Tensor:
@@ -32,39 +34,37 @@ def duplicate_up(x_BCTHW: Tensor, out_dim: int, t: int, s: int, first: bool) -> 
     return x[:, :, t - 1 :] if first else x
 
 
-class DownStage(nn.Module):
+class DownStage(Layer):
     """Residual blocks, a downsample unless last, and the averaged input added."""
 
     def __init__(self, in_dim: int, out_dim: int, blocks: int, temporal: bool, last: bool) -> None:
         super().__init__()
         self.out_dim, self.t, self.s = out_dim, 2 if temporal else 1, 1 if last else 2
-        layers: list[nn.Module] = [ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(blocks)]
+        dims = [in_dim] + [out_dim] * blocks
+        layers: list[nn.Module] = [ResidualBlock(a, b) for a, b in pairwise(dims)]
         if not last:
             layers.append(Downsample(out_dim, temporal))
         self.downsamples = nn.ModuleList(layers)
 
     def stream(self, x_BCTHW: Tensor, stream: Stream) -> Tensor:
         """The next chunk's output."""
-        y = x_BCTHW
-        for layer in self.downsamples:
-            y = layer.stream(y, stream)
+        y = run(self.downsamples, x_BCTHW, stream)
         return y + average_down(x_BCTHW, self.out_dim, self.t, self.s)
 
 
-class UpStage(nn.Module):
+class UpStage(Layer):
     """Residual blocks, an upsample with the duplicated input added unless last."""
 
     def __init__(self, in_dim: int, out_dim: int, blocks: int, temporal: bool, last: bool) -> None:
         super().__init__()
         self.out_dim, self.t, self.last = out_dim, 2 if temporal else 1, last
-        layers: list[nn.Module] = [ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(blocks)]
+        dims = [in_dim] + [out_dim] * blocks
+        layers: list[nn.Module] = [ResidualBlock(a, b) for a, b in pairwise(dims)]
         if not last:
             layers.append(Upsample(out_dim, out_dim, temporal))
         self.upsamples = nn.ModuleList(layers)
 
     def stream(self, x_BCTHW: Tensor, stream: Stream) -> Tensor:
         """The next chunk's output."""
-        y = x_BCTHW
-        for layer in self.upsamples:
-            y = layer.stream(y, stream)
+        y = run(self.upsamples, x_BCTHW, stream)
         return y if self.last else y + duplicate_up(x_BCTHW, self.out_dim, self.t, 2, stream.first)

@@ -45,7 +45,8 @@ class Mp4Writer:
         """Append [n, height, width, 3] uint8 RGB frames. Raises VideoError with ffmpeg's own words."""
         if frames.shape[1:] != (self.height, self.width, 3) or frames.dtype != np.uint8:
             raise ValueError(
-                f"frames are {frames.shape} {frames.dtype}, expected [n, {self.height}, {self.width}, 3] uint8"
+                f"frames are {frames.shape} {frames.dtype}, "
+                f"expected [n, {self.height}, {self.width}, 3] uint8"
             )
         if self.first_frame is None and len(frames):
             self.first_frame = frames[0].copy()

@@ -117,7 +117,8 @@ def total_bytes(entries: Iterable[Entry], bytes_each: int = 4) -> int:
 def _scan_safetensors(path: Path) -> list[Entry]:
     try:
         with safe_open(path, framework="pt") as file:
-            return [Entry(path, name, tuple(file.get_slice(name).get_shape())) for name in file.keys()]
+            names = list(file.keys())
+            return [Entry(path, name, tuple(file.get_slice(name).get_shape())) for name in names]
     except (SafetensorError, OSError) as error:
         raise CheckpointError(_unreadable(path, "safetensors", error)) from error
 
@@ -137,7 +138,8 @@ def _read(entry: Entry, device: torch.device, readers: dict[Path, safe_open]) ->
         return entry.tensor
     if entry.path not in readers:
         readers[entry.path] = safe_open(entry.path, framework="pt", device=str(device))
-    return readers[entry.path].get_tensor(entry.name)
+    tensor: Tensor = readers[entry.path].get_tensor(entry.name)  # type: ignore[no-untyped-call]
+    return tensor
 
 
 def _unreadable(path: Path, kind: str, error: Exception) -> str:

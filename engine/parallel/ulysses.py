@@ -63,14 +63,16 @@ class UlyssesSequence:
 
     def _tokens_for_heads(self, x_3BlHK: Tensor) -> Tensor:
         """[3, B, l, H, K] -> [3, B, L, h, K]: give away the other ranks' heads, receive their tokens."""
-        sent = x_3BlHK.unflatten(3, (self.size, -1)).movedim(3, 0).contiguous()  # [u to, 3, B, l, h, K]
+        sent = (
+            torch.unflatten(x_3BlHK, 3, (self.size, -1)).movedim(3, 0).contiguous()
+        )  # [u to, 3, B, l, h, K]
         received = torch.empty_like(sent)  # [u from, 3, B, l, h, K]
         dist.all_to_all_single(received, sent, group=self.group)
         return received.movedim(0, 2).flatten(2, 3)
 
     def _heads_for_tokens(self, o_BLhK: Tensor) -> Tensor:
         """[B, L, h, K] -> [B, l, H, K]: the way back."""
-        sent = o_BLhK.unflatten(1, (self.size, -1)).movedim(1, 0).contiguous()  # [u to, B, l, h, K]
+        sent = torch.unflatten(o_BLhK, 1, (self.size, -1)).movedim(1, 0).contiguous()  # [u to, B, l, h, K]
         received = torch.empty_like(sent)  # [u heads from, B, l, h, K]
         dist.all_to_all_single(received, sent, group=self.group)
         return received.movedim(0, 2).flatten(2, 3)
