@@ -46,7 +46,7 @@ def _ours(
         return None
     from kernels.gemm import triton
 
-    if not triton.fits(x_BLK, weight_NK):
+    if not triton.fits(x_BLK, weight_NK, residual_BLN, gate_BSN):
         return None
     tile = triton.Tile(**choice["tile"])
     return triton.product(x_BLK, weight_NK, bias_N, epilogue, tile, residual_BLN, gate_BSN, split)

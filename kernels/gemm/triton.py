@@ -28,7 +28,6 @@ class Tile:
     warps: int = 8
     group: int = 8  # rows of tiles that are walked together
     halves: bool = True  # write the tile in two halves, which needs less shared memory
-    specialize: bool = False  # loads in warps of their own
 
 
 @triton.jit
@@ -51,22 +50,18 @@ def _place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 def _finish(
     acc,
     c_desc,
+    r_desc,
     bias_ptr,
-    residual_ptr,
     gate_ptr,
     row0,
     col0,
-    M,
     N,
     length,
     split,
-    residual_batch_stride,
-    gate_batch_stride,
     BM: tl.constexpr,
     BN: tl.constexpr,
     EPILOGUE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_GATE: tl.constexpr,
     GATE_SETS: tl.constexpr,
 ):
     """Epilogue and store of one [BM, BN] piece."""
@@ -76,16 +71,14 @@ def _finish(
     if EPILOGUE == 1:
         acc = _tanh_gelu(acc)
     if EPILOGUE == 2:
-        row = row0 + tl.arange(0, BM)
-        valid = (row < M)[:, None] & (cols < N)[None, :]
-        batch = row // length
-        token = row - batch * length
-        if HAS_GATE:
-            second = (token >= split).to(tl.int32) * (GATE_SETS - 1)
-            start = batch.to(tl.int64) * gate_batch_stride + second * N
-            acc *= tl.load(gate_ptr + start[:, None] + cols[None, :], mask=valid, other=0.0).to(tl.float32)
-        start = batch.to(tl.int64) * residual_batch_stride + token.to(tl.int64) * N
-        acc += tl.load(residual_ptr + start[:, None] + cols[None, :], mask=valid, other=0.0).to(tl.float32)
+        if GATE_SETS == 1:
+            acc *= tl.load(gate_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+        if GATE_SETS == 2:
+            first = tl.load(gate_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+            second = tl.load(gate_ptr + N + cols, mask=cols < N, other=0.0).to(tl.float32)
+            token = (row0 + tl.arange(0, BM)) % length
+            acc *= tl.where((token < split)[:, None], first[None, :], second[None, :])
+        acc += r_desc.load([row0, col0]).to(tl.float32)
     c_desc.store([row0, col0], acc.to(c_desc.dtype))
 
 
@@ -94,16 +87,14 @@ def _gemm_kernel(
     a_desc,
     b_desc,
     c_desc,
+    r_desc,
     bias_ptr,
-    residual_ptr,
     gate_ptr,
     M,
     N,
     K,
     length,
     split,
-    residual_batch_stride,
-    gate_batch_stride,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -111,18 +102,16 @@ def _gemm_kernel(
     PROGRAMS: tl.constexpr,
     EPILOGUE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_GATE: tl.constexpr,
     GATE_SETS: tl.constexpr,
     HALVES: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     tiles_m = tl.cdiv(M, BM)
     tiles_n = tl.cdiv(N, BN)
     depth = tl.cdiv(K, BK)
-    for tile in tl.range(
-        tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=not SPECIALIZE, warp_specialize=SPECIALIZE
-    ):
+    # Flattened, the loads of the next tile start during the epilogue; the residual's would join that
+    # pipeline and take its shared memory, so the gated form keeps its loops apart.
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=EPILOGUE != 2):
         tile_m, tile_n = _place(tile, tiles_m, tiles_n, GROUP)
         row0 = tile_m * BM
         col0 = tile_n * BN
@@ -134,27 +123,29 @@ def _gemm_kernel(
         if HALVES:
             left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
             _finish(
-                left, c_desc, bias_ptr, residual_ptr, gate_ptr, row0, col0, M, N, length, split,
-                residual_batch_stride, gate_batch_stride, BM, BN // 2, EPILOGUE, HAS_BIAS, HAS_GATE,
-                GATE_SETS,
+                left, c_desc, r_desc, bias_ptr, gate_ptr, row0, col0, N, length, split,
+                BM, BN // 2, EPILOGUE, HAS_BIAS, GATE_SETS,
             )  # fmt: skip
             _finish(
-                right, c_desc, bias_ptr, residual_ptr, gate_ptr, row0, col0 + BN // 2, M, N, length, split,
-                residual_batch_stride, gate_batch_stride, BM, BN // 2, EPILOGUE, HAS_BIAS, HAS_GATE,
-                GATE_SETS,
+                right, c_desc, r_desc, bias_ptr, gate_ptr, row0, col0 + BN // 2, N, length, split,
+                BM, BN // 2, EPILOGUE, HAS_BIAS, GATE_SETS,
             )  # fmt: skip
         else:
             _finish(
-                acc, c_desc, bias_ptr, residual_ptr, gate_ptr, row0, col0, M, N, length, split,
-                residual_batch_stride, gate_batch_stride, BM, BN, EPILOGUE, HAS_BIAS, HAS_GATE, GATE_SETS,
+                acc, c_desc, r_desc, bias_ptr, gate_ptr, row0, col0, N, length, split,
+                BM, BN, EPILOGUE, HAS_BIAS, GATE_SETS,
             )  # fmt: skip
 
 
-def fits(x_BLK: Tensor, weight_NK: Tensor) -> bool:
-    """Whether TMA can read and write these: rows of a multiple of 16 bytes, 16-byte aligned."""
+def fits(
+    x_BLK: Tensor, weight_NK: Tensor, residual_BLN: Tensor | None = None, gate_BSN: Tensor | None = None
+) -> bool:
+    """Whether our kernel takes these: rows of a multiple of 16 bytes for TMA, one gate for all of a batch."""
     size = x_BLK.element_size()
     aligned = x_BLK.data_ptr() % 16 == 0 and weight_NK.data_ptr() % 16 == 0
-    return aligned and all(n * size % 16 == 0 for n in weight_NK.shape) and x_BLK.numel() > 0
+    rows = aligned and all(n * size % 16 == 0 for n in weight_NK.shape) and x_BLK.numel() > 0
+    residual = residual_BLN is None or residual_BLN.shape[:2] == x_BLK.shape[:2]
+    return rows and residual and (gate_BSN is None or gate_BSN.shape[0] == 1)
 
 
 def product(
@@ -173,41 +164,38 @@ def product(
             f"x {tuple(x_BLK.shape)} {x_BLK.dtype} doesn't fit "
             f"weight {tuple(weight_NK.shape)} {weight_NK.dtype}"
         )
+    if not fits(x_BLK, weight_NK, residual_BLN, gate_BSN):
+        raise ValueError("operands that `fits` refuses: use the library's product")
     batch, length = x_BLK.shape[:2]
     (n, k), m = weight_NK.shape, batch * length
     a = x_BLK.contiguous().view(m, k)
     dtype = x_BLK.dtype if residual_BLN is None else residual_BLN.dtype
     out = torch.empty((batch, length, n), dtype=dtype, device=x_BLK.device)
     residual = out if residual_BLN is None else residual_BLN.contiguous()
-    gate = out if gate_BSN is None else gate_BSN.contiguous()
-    width = tile.n // 2 if tile.halves else tile.n
-    programs = 4 if a.device.type == "cpu" else _multiprocessors(a.device)
+    piece = [tile.m, tile.n // 2 if tile.halves else tile.n]
     tiles = triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)
-    _gemm_kernel[(min(programs, tiles),)](
+    programs = min(_multiprocessors(a.device), tiles)
+    _gemm_kernel[(programs,)](
         TensorDescriptor.from_tensor(a, [tile.m, tile.k]),
         TensorDescriptor.from_tensor(weight_NK, [tile.n, tile.k]),
-        TensorDescriptor.from_tensor(out.view(m, n), [tile.m, width]),
+        TensorDescriptor.from_tensor(out.view(m, n), piece),
+        TensorDescriptor.from_tensor(residual.view(m, n), piece),
         bias_N,
-        residual,
-        gate,
+        None if gate_BSN is None else gate_BSN.contiguous(),
         m,
         n,
         k,
         length,
         split,
-        0 if residual.shape[0] == 1 else length * n,
-        0 if gate.shape[0] == 1 else gate.stride(0),
         BM=tile.m,
         BN=tile.n,
         BK=tile.k,
         GROUP=tile.group,
-        PROGRAMS=min(programs, tiles),
+        PROGRAMS=programs,
         EPILOGUE=epilogue,
         HAS_BIAS=bias_N is not None,
-        HAS_GATE=gate_BSN is not None,
-        GATE_SETS=1 if gate_BSN is None else gate_BSN.shape[1],
+        GATE_SETS=0 if gate_BSN is None else gate_BSN.shape[1],
         HALVES=tile.halves,
-        SPECIALIZE=tile.specialize,
         PRECISION="ieee" if x_BLK.dtype == torch.float32 else "tf32",
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -216,4 +204,5 @@ def product(
 
 
 def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    """Programs that run at once: four under the interpreter, so that each walks over several tiles."""
+    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count

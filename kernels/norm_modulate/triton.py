@@ -22,9 +22,11 @@ DEFAULT = {"rows": 1, "warps": 8}
 def _vector(ptr, batch_stride, batch, second, cols, valid, D: tl.constexpr, SHARED: tl.constexpr):
     """A modulation vector as [1, BLOCK] where tokens share it, else each token's, [ROWS, BLOCK]."""
     if SHARED:
-        return tl.load(ptr + cols[None, :], mask=(cols < D)[None, :], other=0.0).to(tl.float32)
-    start = batch.to(tl.int64) * batch_stride + second * D
-    return tl.load(ptr + start[:, None] + cols[None, :], mask=valid, other=0.0).to(tl.float32)
+        vector = tl.load(ptr + cols[None, :], mask=(cols < D)[None, :], other=0.0)
+    else:
+        start = batch.to(tl.int64) * batch_stride + second * D
+        vector = tl.load(ptr + start[:, None] + cols[None, :], mask=valid, other=0.0)
+    return vector.to(tl.float32)
 
 
 @triton.jit

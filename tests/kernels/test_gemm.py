@@ -48,13 +48,12 @@ def test_gelu(seed: int, device: torch.device, dtype: torch.dtype):
 
 @pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sets", [0, 1, 2])
-@pytest.mark.parametrize("shared", [False, True])
-def test_gated(seed: int, device: torch.device, stream: torch.dtype, sets: int, shared: bool):
-    """residual + product * gate, with two sets of gates, and one residual for two guidance passes."""
+def test_gated(seed: int, device: torch.device, stream: torch.dtype, sets: int):
+    """residual + product * gate, without a gate and with one or two sets of gates."""
     from kernels.gemm import triton
 
     x, weight, bias = operands(SHAPES[1], torch.bfloat16, device)
-    residual = torch.randn(1 if shared else 2, 33, 72, device=device).to(stream)
+    residual = torch.randn(2, 33, 72, device=device).to(stream)
     gate = torch.randn(1, sets, 72, device=device) if sets else None
     tile = small_tile(True)
     got = triton.product(x, weight, bias, triton.GATED, tile, residual, gate, split=11)
@@ -89,6 +88,15 @@ def test_operands_that_tma_cannot_take_are_known(device: torch.device):
     x = torch.zeros(1, 4, 24, dtype=torch.bfloat16, device=device)
     assert triton.fits(x, torch.zeros(16, 24, dtype=torch.bfloat16, device=device))
     assert not triton.fits(x, torch.zeros(12, 24, dtype=torch.bfloat16, device=device))
+
+
+def test_a_shared_residual_goes_to_the_library(device: torch.device):
+    from kernels.gemm import triton
+
+    x, weight, _ = operands(SHAPES[1], torch.bfloat16, device)
+    assert triton.fits(x, weight, torch.zeros(2, 33, 72, device=device), torch.zeros(1, 2, 72, device=device))
+    assert not triton.fits(x, weight, torch.zeros(1, 33, 72, device=device))
+    assert not triton.fits(x, weight, None, torch.zeros(2, 1, 72, device=device))
 
 
 def test_mismatched_operands_are_refused(device: torch.device):
