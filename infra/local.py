@@ -6,23 +6,22 @@ so a second start is the same stack.
 """
 
 import contextlib
-import http.client
-import json
 import os
 import signal
 import sys
-import urllib.request
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from infra import probes
 from infra.errors import CliError
 from infra.models import default_model, given_model, gpus
 from infra.ports import HOST, PortBlock, is_free
 from infra.process import PartSpec
-from infra.redis_server import redis_part
 from infra.reaper import MARKER
+from infra.redis_server import redis_part
 from infra.state import StackState, lock_data_dir
 from infra.supervisor import Supervisor
 from infra.weed import PORTS, sockets, weed_part
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
 DEFAULT_PORT = 8080
 CPU_RANKS = 2
-SCOPES = ("submit", "read", "admin", "priority_high")
 Say = Callable[[str], None]
 
 
@@ -102,19 +100,24 @@ class LocalStack:
         self.supervisor.ready = True
 
     def _start_stores(self) -> None:
-        supervisor, state = self.supervisor, self.state
+        from jobs.storage import ObjectStore
+
+        supervisor, state, settings = self.supervisor, self.state, self.settings()
         env, folder = self._env({}), self.data_dir / "redis"
         redis = supervisor.add(
             redis_part(folder, self._redis_port, state.redis_password, self.log("redis"), env)
         )
         folder, keys = self.data_dir / "weed", (state.s3_access_key, state.s3_secret_key)
         weed = supervisor.add(weed_part(folder, self._weed_ports, keys, self.log("weed"), env))
-        supervisor.wait_for(self._redis_answers, 30, "redis", redis)
+        supervisor.wait_for(lambda: probes.redis_answers(settings), 30, "redis", redis)
         self._ensure_key()
-        supervisor.wait_for(self._s3_takes_writes, 60, "the S3 store", weed)
+        store = ObjectStore(settings)
+        supervisor.wait_for(lambda: probes.s3_takes_writes(store), 60, "the S3 store", weed)
 
     def _start_parts(self, model: Path) -> None:
+        self._forget_models()
         nodes, cards = self.config.nodes, gpus()
+        self._parts_started = time.time()
         for number in range(1, nodes + 1):
             share = cards[(number - 1) * len(cards) // nodes : number * len(cards) // nodes]
             self._add_reel(
@@ -176,13 +179,22 @@ class LocalStack:
     def _node_env(self, number: int, cards: list[str]) -> dict[str, str]:
         env = {
             "REEL_NODE_ID": f"local-{number}",
-            "REEL_DATA_DIR": str(self.data_dir / f"node-{number}"),
         }
         if cards:
             return env | {"CUDA_VISIBLE_DEVICES": ",".join(cards)}
         ranks = int(os.environ.get("REEL_NODE_RANKS", "0")) or CPU_RANKS
         threads = max(1, (os.cpu_count() or 1) // (ranks * self.config.nodes))
         return env | {"REEL_NODE_RANKS": str(ranks), "OMP_NUM_THREADS": str(threads)}
+
+    def operator_env(self) -> dict[str, str]:
+        """The variables that let `reel` commands in another shell talk to this stack."""
+        own = {
+            "REEL_API_URL": self.url,
+            "REEL_API_KEY": self.api_key,
+            "REEL_WEBHOOK_SECRET": self.webhook_secret,
+            "REEL_SECRET_KEY": self.state.secret_key,
+        }
+        return self._settings_env() | own
 
     def settings(self) -> "Settings":
         """The settings that the stack's API runs with, for code in this process."""
@@ -191,75 +203,38 @@ class LocalStack:
         values = {**self._settings_env(), "REEL_SECRET_KEY": self.state.secret_key}
         return Settings.model_validate({name.removeprefix("REEL_").lower(): v for name, v in values.items()})
 
-    def _redis_answers(self) -> bool:
-        import redis
-
-        from jobs.client import connect
-
-        with contextlib.closing(connect(self.settings())) as client:
-            try:
-                return bool(client.ping())
-            except redis.RedisError:
-                return False
-
     def _ensure_key(self) -> None:
-        """Keep the API key of the last start if Redis still knows it, else make one."""
+        """Let Redis know the API key of the last start (its data may be gone), or make the first one."""
         from jobs.client import connect
-        from jobs.keys import KeyStore
+        from jobs.keys import KeyStore, Scope
+
+        state = self.state
+        with contextlib.closing(connect(self.settings())) as client:
+            keys = KeyStore(client, state.secret_key)
+            if state.api_key is None or keys.authenticate(state.api_key) is None:
+                _, state.api_key, state.webhook_secret = keys.create(
+                    "local", tuple(Scope), plain=state.api_key, webhook_secret=state.webhook_secret
+                )
+                state.save(self.data_dir)
+
+    def _forget_models(self) -> None:
+        """Withdraw the models of earlier starts: the one served now shall be the default."""
+        from jobs.client import connect
+        from jobs.nodes import NodeRegistry
 
         with contextlib.closing(connect(self.settings())) as client:
-            keys = KeyStore(client, self.state.secret_key)
-            if self.state.api_key is not None and keys.authenticate(self.state.api_key) is not None:
-                return
-            _, self.state.api_key, self.state.webhook_secret = keys.create("local", SCOPES)
-            self.state.save(self.data_dir)
-
-    def _s3_takes_writes(self) -> bool:
-        """Whether an object can be stored: the gateway listens seconds before a volume is writable."""
-        import boto3
-        from botocore.config import Config
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        settings = self.settings()
-        assert settings.s3_secret_key is not None
-        client = boto3.client(
-            "s3",
-            endpoint_url=settings.s3_endpoint,
-            region_name=settings.s3_region,
-            aws_access_key_id=settings.s3_access_key,
-            aws_secret_access_key=settings.s3_secret_key.get_secret_value(),
-            config=Config(connect_timeout=1, read_timeout=2, retries={"total_max_attempts": 1}, proxies={}),
-        )
-        there = (client.exceptions.BucketAlreadyExists, client.exceptions.BucketAlreadyOwnedByYou)
-        try:
-            with contextlib.suppress(*there):
-                client.create_bucket(Bucket=settings.s3_bucket)
-            client.put_object(Bucket=settings.s3_bucket, Key="probe/ready", Body=b"1")
-        except (BotoCoreError, ClientError):
-            return False
-        return True
+            registry = NodeRegistry(client)
+            for card in registry.models():
+                registry.withdraw_model(card.name)
 
     def _wait_until_ready(self) -> None:
+        settings, started = self.settings(), self._parts_started - 1.0
         parts = {part.spec.name: part for part in self.supervisor.parts}
-        self.supervisor.wait_for(lambda: self._get("/readyz") is not None, 90, "the API", parts["api"])
-        self.supervisor.wait_for(self._nodes_live, 180, "a node", parts["node-1"])
-
-    def _nodes_live(self) -> bool:
-        answer = self._get("/v1/nodes")
-        nodes = answer.get("data", []) if isinstance(answer, dict) else []
-        live = {node["id"] for node in nodes if node.get("state") in ("idle", "running")}
-        return {f"local-{number}" for number in range(1, self.config.nodes + 1)} <= live
-
-    def _get(self, path: str) -> object | None:
-        """The JSON of a GET, or None unless it is a 200."""
-        request = urllib.request.Request(self.url + path, headers={"Authorization": f"Bearer {self.api_key}"})
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        try:
-            with direct.open(request, timeout=5) as response:
-                answer: object = json.load(response)
-                return answer
-        except (OSError, ValueError, http.client.HTTPException):
-            return None
+        names = [f"local-{number}" for number in range(1, self.config.nodes + 1)]
+        self.supervisor.wait_for(
+            lambda: probes.nodes_live(settings, names, started), 240, "a node", parts["node-1"]
+        )
+        self.supervisor.wait_for(lambda: probes.http_ok(f"{self.url}/readyz"), 60, "the API", parts["api"])
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from infra.local import LocalConfig, LocalStack, running
+from infra.stack_env import write_stack_env
 from infra.supervisor import Interrupted
 
 
@@ -17,6 +18,7 @@ def run_up(data_dir: Path, port: int | None, nodes: int, model: Path | None) -> 
     ready = False
     try:
         with running(LocalConfig(data_dir, port, nodes, model), say) as stack:
+            write_stack_env(data_dir, stack.operator_env())
             print(ready_line(stack), flush=True)
             say(f"logs are in {data_dir / 'logs'}; stop with Ctrl-C")
             ready = True

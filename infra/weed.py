@@ -31,9 +31,9 @@ def weed_part(
 ) -> PartSpec:
     """Write its credentials and say how to run it.
 
-    ports: eight; the S3 gateway's is ``ports[0]``. keys: S3 access key and secret. The gRPC ports are named because their defaults
-    (port + 10000) may belong to another stack. Its data survives SIGKILL (measured), while an orderly stop
-    takes longer than ten seconds, so it gets one.
+    ports: eight; the S3 gateway's is ``ports[0]``. keys: S3 access key and secret. The gRPC ports are named
+    because their defaults (port + 10000) may belong to another stack. Its data survives SIGKILL (measured),
+    while an orderly stop takes longer than ten seconds, so it gets one.
     """
     s3, s3_grpc, master, master_grpc, volume, volume_grpc, filer, filer_grpc = ports
     data = folder / "data"

@@ -45,11 +45,11 @@ def nodes(as_json: AsJson = False, stack: Stack = None) -> None:
     use_stack(stack, "REEL_REDIS_URL")
     from jobs.nodes import NodeRegistry
 
-    rows = [_plain(node) for node in NodeRegistry(_redis()).list()]
+    rows = [node.model_dump(mode="json") for node in NodeRegistry(_redis()).list()]
     if as_json:
         _lines(rows)
         return
-    columns = ("id", "state", "model", "ranks", "job_id", "draining")
+    columns = ("id", "state", "model", "ranks", "device", "job_id", "drain_requested")
     _table(columns, [[_cell(row.get(name)) for name in columns] for row in rows])
 
 
@@ -61,10 +61,9 @@ def drain(
     from jobs.nodes import NodeRegistry
 
     registry = NodeRegistry(_redis())
-    known = [_plain(item)["id"] for item in registry.list()]
-    if node not in known:
-        raise CliError(f"no node {node!r}; there are: {', '.join(known) or 'none'}")
-    registry.request_drain(node)
+    if not registry.request_drain(node):
+        known = ", ".join(item.id for item in registry.list())
+        raise CliError(f"no node {node!r}; there are: {known or 'none'}")
     typer.echo(f"{node} will take no more jobs")
 
 
@@ -78,18 +77,20 @@ def create_key(
 ) -> None:
     """Make an API key. The key and its webhook secret are shown this once."""
     use_stack(stack, "REEL_REDIS_URL")
-    try:
-        record, plain, secret = _keys().create(name, tuple(scope or ("submit", "read")))
-    except ValueError as error:
-        raise CliError(f"--scope: {error}") from None
-    typer.echo(f"id             {_plain(record)['id']}\nkey            {plain}\nwebhook secret {secret}")
+    from jobs.keys import Scope
+
+    wanted = scope or [Scope.SUBMIT, Scope.READ]
+    if unknown := [name for name in wanted if name not in set(Scope)]:
+        raise CliError(f"--scope: got {unknown[0]!r}, expected one of {', '.join(Scope)}")
+    record, plain, secret = _keys().create(name, tuple(Scope(scope) for scope in wanted))
+    typer.echo(f"id             {record.id}\nkey            {plain}\nwebhook secret {secret}")
 
 
 @keys_app.command("list")
 def list_keys(as_json: AsJson = False, stack: Stack = None) -> None:
     """List API keys, without their secrets."""
     use_stack(stack, "REEL_REDIS_URL")
-    rows = [_plain(key) for key in _keys().list()]
+    rows = [key.model_dump(mode="json") for key in _keys().list()]
     if as_json:
         _lines(rows)
         return
@@ -103,10 +104,10 @@ def revoke_key(
 ) -> None:
     """Make a key useless at once."""
     use_stack(stack, "REEL_REDIS_URL")
-    keys = _keys()
-    if key_id not in [_plain(key)["id"] for key in keys.list()]:
-        raise CliError(f"no key {key_id!r}; `reel keys list` shows them")
-    keys.revoke(key_id)
+    try:
+        _keys().revoke(key_id)
+    except KeyError:
+        raise CliError(f"no key {key_id!r}; `reel keys list` shows them") from None
     typer.echo(f"revoked {key_id}")
 
 
@@ -181,16 +182,6 @@ def _show_jobs(found: "Sequence[Job]", as_json: bool) -> None:
         for job in found
     ]
     _table(columns, rows)
-
-
-def _plain(record: Any) -> dict[str, Any]:
-    """A record's fields as JSON types, be it a pydantic model or a dataclass."""
-    from dataclasses import asdict, is_dataclass
-
-    if is_dataclass(record) and not isinstance(record, type):
-        return asdict(record)
-    values: dict[str, Any] = record.model_dump(mode="json", by_alias=True)
-    return values
 
 
 def _cell(value: Any) -> str:

@@ -17,10 +17,10 @@ class CeleryRole(StrEnum):
 
 def api() -> None:
     """Serve the REST API and the page. Settings come from REEL_*."""
-    from api.serve import serve
+    from api.serve import run
     from jobs.settings import get_settings
 
-    raise typer.Exit(serve(get_settings()))
+    run(get_settings())
 
 
 def node(
@@ -30,7 +30,7 @@ def node(
     """Serve one model on this machine's GPUs: claim jobs, run them, publish the videos."""
     from infra.models import given_model
     from jobs.settings import get_settings
-    from worker.main import run_node
+    from worker.serve import run_node
 
     raise typer.Exit(run_node(get_settings(), given_model(model), name))
 
@@ -42,7 +42,7 @@ def celery(
 ) -> None:
     """Deliver webhooks, sweep lost leases, clean up. Run exactly one beat."""
     from jobs.settings import get_settings
-    from worker.celery_app import run_celery
+    from worker.serve import run_celery
 
     raise typer.Exit(run_celery(get_settings(), role.value))
 

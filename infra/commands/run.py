@@ -36,6 +36,7 @@ def run(
 ) -> None:
     """Make a video in this process, or in all processes of a torchrun; no queue, no Redis, no S3."""
     from engine.run import run as run_engine
+
     from infra.models import given_model
 
     run_engine(
