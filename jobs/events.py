@@ -1,4 +1,8 @@
-"""Reading a job's event stream, sync and async. The scripts write it; nothing else does."""
+"""Reading a job's event stream, sync and async. The scripts write it; nothing else does.
+
+A job that still waits for its first start has no stream: its ``job.queued`` is made up here from the record, under
+the id that the script will give it when it writes the first real event.
+"""
 
 import json
 from dataclasses import dataclass
@@ -27,7 +31,12 @@ def read_events(
     Keep block_ms under the client's socket timeout. An empty list: nothing came, or the job is gone.
     """
     with guard():
-        return _parse(redis.execute_command(*_command(job_id, after, block_ms, count)))
+        if after == START:
+            found = _parse(redis.execute_command(*_read(job_id, after, 0, count)))
+            first = _first(redis.execute_command(*_record(job_id)), job_id) if not found else []
+            if found or first:
+                return found or first
+        return _parse(redis.execute_command(*_read(job_id, after, block_ms, count)))
 
 
 async def read_events_async(
@@ -35,14 +44,22 @@ async def read_events_async(
 ) -> list[Event]:
     """The same for asyncio: holds one pooled connection while it waits."""
     with guard():
-        return _parse(await redis.execute_command(*_command(job_id, after, block_ms, count)))
+        if after == START:
+            found = _parse(await redis.execute_command(*_read(job_id, after, 0, count)))
+            first = _first(await redis.execute_command(*_record(job_id)), job_id) if not found else []
+            if found or first:
+                return found or first
+        return _parse(await redis.execute_command(*_read(job_id, after, block_ms, count)))
 
 
 def last_event_id(redis: RedisClient, job_id: str) -> str:
     """The newest event's id, or START when there is none."""
     with guard():
         newest = redis.execute_command("XREVRANGE", f"{PREFIX}events:{job_id}", "+", "-", "COUNT", 1)
-    return str(newest[0][0]) if newest else START
+        if newest:
+            return str(newest[0][0])
+        first = _first(redis.execute_command(*_record(job_id)), job_id)
+    return first[0].id if first else START
 
 
 def valid_event_id(text: str) -> bool:
@@ -51,9 +68,36 @@ def valid_event_id(text: str) -> bool:
     return len(parts) <= 2 and all(part.isascii() and part.isdigit() and len(part) < 20 for part in parts)
 
 
-def _command(job_id: str, after: str, block_ms: int, count: int) -> list[str | int]:
+def _read(job_id: str, after: str, block_ms: int, count: int) -> list[str | int]:
     block: list[str | int] = ["BLOCK", block_ms] if block_ms > 0 else []
     return ["XREAD", "COUNT", count, *block, "STREAMS", f"{PREFIX}events:{job_id}", after]
+
+
+def _record(job_id: str) -> list[str]:
+    return ["HMGET", f"{PREFIX}job:{job_id}", "state", "created_at", "model"]
+
+
+def _first(record: list[str | None], job_id: str) -> list[Event]:
+    """The ``job.queued`` of a job that never started; the same as the scripts' `append` writes."""
+    state, created_at, model = record
+    if state != "queued" or created_at is None:
+        return []
+    data = {
+        "id": job_id,
+        "state": "queued",
+        "model": model,
+        "attempts": 0,
+        "phase": None,
+        "step": 0,
+        "progress": 0,
+        "eta_seconds": None,
+        "cancel_requested": False,
+        "version": 1,
+        "error": None,
+        "reason": None,
+    }
+    whole, _, micros = created_at.partition(".")
+    return [Event(f"{whole}{micros[:3]}-0", "job.queued", data)]
 
 
 def _parse(reply: Any) -> list[Event]:

@@ -44,10 +44,15 @@ _SKIP = frozenset(
 )
 
 
-def from_record(flat: Sequence[str] | dict[str, str], body: str) -> Job:
+def from_reply(reply: Sequence[str]) -> Job:
+    """The Job of a script's reply: status, record as JSON, body."""
+    return from_record(json.loads(reply[1]), reply[2])
+
+
+def from_record(record: Sequence[str] | dict[str, str], body: str) -> Job:
     """The Job of a stored hash and body. Empty text stands for None."""
     fields: dict[str, Any] = json.loads(body)
-    for name, text in pairs(flat).items():
+    for name, text in pairs(record).items():
         if text != "" and name not in _SKIP:
             fields[name] = json.loads(text) if name in _JSON else text
     return Job.model_validate(fields)

@@ -7,7 +7,7 @@ key                        type   holds                                        g
 ========================== ====== ============================================ ==========================
 job:<id>                   hash   the record's changing part, short fields     purge, delete
 body:<id>                  string request, callback, metadata as JSON          purge, delete
-events:<id>                stream what SSE readers see                         EVENTS_CAP; purge, delete
+events:<id>                stream what SSE readers see, from the first start   EVENTS_CAP; purge, delete
 lane:<model>:<level>:<key> zset   waiting jobs of one API key by queued_at     a job's start or end
 lanes:<model>              zset   lanes by level * 2^40 + virtual time         with its last job
 rising:<model>             zset   lanes by the time they rise a level          with its last job

@@ -10,7 +10,7 @@ from jobs.client import RedisClient, guard
 from jobs.errors import IdempotencyConflict, IllegalTransition, JobNotFound, LeaseLost, QueueFull
 from jobs.job import SCHEMA, Job, JobError, JobState, NewJob, Phase, VideoResult
 from jobs.queries import JobReader
-from jobs.records import from_record, to_body, to_record
+from jobs.records import from_reply, to_body, to_record
 from jobs.scripts import PREFIX
 from jobs.settings import Settings
 from jobs.sweep import Sweeper, SweepReport
@@ -57,7 +57,7 @@ class JobStore(JobReader):
             )
         if reply[0] == "full":
             raise QueueFull(int(reply[1]), str(reply[2]))
-        return from_record(reply[1], reply[2]), reply[0] == "ok"
+        return from_reply(reply), reply[0] == "ok"
 
     def cancel(self, job_id: str) -> Job:
         """Cancel a queued job at once, or ask a running one's owner to stop (`cancel_requested`).
@@ -84,7 +84,7 @@ class JobStore(JobReader):
             reply = self.scripts.run("claim", model, node_id, schema, nonce)
         with self._lock:
             self._nonces.pop((model, node_id), None)
-        return None if reply[0] == "none" else from_record(reply[1], reply[2])
+        return None if reply[0] == "none" else from_reply(reply)
 
     def heartbeat(
         self,
@@ -105,7 +105,7 @@ class JobStore(JobReader):
     def finish(self, job_id: str, token: int, result: VideoResult) -> Job:
         """Commit the result: the job has succeeded, also if a cancel came meanwhile (too late)."""
         reply = self.scripts.run("finish", job_id, token, result.model_dump_json(), durable=True)
-        return self._job(self._owned(job_id, token, reply))
+        return from_reply(self._owned(job_id, token, reply))
 
     def fail(self, job_id: str, token: int, error: JobError) -> Job:
         """Report a failed attempt: queued again, or failed (dead letter), by class and attempts so far."""
@@ -113,18 +113,18 @@ class JobStore(JobReader):
         reply = self.scripts.run(
             "fail", job_id, token, kept.failure_class.value, kept.model_dump_json(), durable=True
         )
-        return self._job(self._owned(job_id, token, reply))
+        return from_reply(self._owned(job_id, token, reply))
 
     def give_back(self, job_id: str, token: int) -> Job:
         """Return the job unfinished, to the front of its lane, without using up an attempt (draining)."""
-        return self._job(self._owned(job_id, token, self.scripts.run("give_back", job_id, token)))
+        return from_reply(self._owned(job_id, token, self.scripts.run("give_back", job_id, token)))
 
     def cancel_running(self, job_id: str, token: int) -> Job:
         """Confirm that the work stopped because of a cancel. IllegalTransition when none was asked for."""
         reply = self.scripts.run("cancel_running", job_id, token, durable=True)
         if reply[0] == "illegal":
             raise IllegalTransition(job_id, str(reply[1]), "canceled without a request to cancel")
-        return self._job(self._owned(job_id, token, reply))
+        return from_reply(self._owned(job_id, token, reply))
 
     # Operators and the sweeper
 
@@ -167,14 +167,10 @@ class JobStore(JobReader):
             raise JobNotFound(job_id)
         if reply[0] == "illegal":
             raise IllegalTransition(job_id, str(reply[1]), wanted)
-        return from_record(reply[1], reply[2])
+        return from_reply(reply)
 
     @staticmethod
     def _owned(job_id: str, token: int, reply: Sequence[Any]) -> Sequence[Any]:
         if reply[0] == "lost":
             raise LeaseLost(job_id, token, str(reply[1]))
         return reply
-
-    @staticmethod
-    def _job(reply: Sequence[Any]) -> Job:
-        return from_record(reply[1], reply[2])

@@ -1,9 +1,9 @@
 """The sweep: what must happen though no node and no client asks for it."""
 
+import json
 from dataclasses import dataclass, field
 
 from jobs.client import guard
-from jobs.records import pairs
 from jobs.scripts import PREFIX, Scripts
 
 
@@ -51,7 +51,7 @@ class Sweeper:
         reply = self._scripts.run("lose", job_id, model)
         if reply[0] != "ok":
             return
-        state = pairs(reply[1])["state"]
+        state = json.loads(reply[1])["state"]
         {"queued": report.requeued, "failed": report.failed}.get(state, report.canceled).append(job_id)
 
     def _due(self, index: str, limit: int) -> list[str]:

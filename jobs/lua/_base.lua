@@ -44,8 +44,9 @@ local function save(job, fields)
   redis.call('HSET', P .. 'job:' .. job.id, unpack(flat))
 end
 
+-- The record as one JSON text: a client parses that several times faster than 60 short strings.
 local function reply(job)
-  return {'ok', redis.call('HGETALL', P .. 'job:' .. job.id), redis.call('GET', P .. 'body:' .. job.id)}
+  return {'ok', cjson.encode(job), redis.call('GET', P .. 'body:' .. job.id)}
 end
 
 -- Listing indexes: ids sort by creation, so the cursor is the last id seen. Model and ref only per key.

@@ -13,7 +13,7 @@ local moved = job.phase ~= ARGV[4] or job.step ~= ARGV[5] or job.progress ~= ARG
 if moved then
   save(job, {phase = ARGV[4], step = ARGV[5], progress = ARGV[6], eta_seconds = ARGV[7]})
   local data = snapshot(job)
-  redis.call('XADD', P .. 'events:' .. job.id, 'MAXLEN', '~', conf.events_cap, '*', 'type', 'job.progress', 'data', data)
+  append(job, 'progress', data)
   if now >= tonumber(job.progress_hook_at or 0) + conf.webhook_progress_seconds then
     redis.call('HSET', P .. 'job:' .. job.id, 'progress_hook_at', seconds(now))
     deliver(job, 'progress', data)

@@ -42,5 +42,4 @@ end
 index_add(job)
 use_image(job, 1)
 enqueue(job)
-emit(job, 'queued')
 return reply(job)
