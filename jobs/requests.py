@@ -12,6 +12,7 @@ from jobs.job import GuidePair, ModelCard, VideoRequest
 
 PROMPT_MAX = 2000  # characters
 SEED_MAX = 2**63 - 1
+SEED_RANDOM = 2**53  # random seeds stay below: JavaScript would round a larger one
 NUMBER_MAX = 100.0  # of shift and guide_scale: far above any use, far below overflow
 GOT_MAX = 80  # characters of a wrong value that an error repeats
 
@@ -143,7 +144,7 @@ def _check(
             )
         ),
         "seed": check.value(
-            "seed", secrets.randbelow(SEED_MAX + 1), lambda v: 0 <= v <= SEED_MAX, "0 to 2^63-1"
+            "seed", secrets.randbelow(SEED_RANDOM), lambda v: 0 <= v <= SEED_MAX, "0 to 2^63-1"
         ),
         "sample_solver": check.value(
             "sample_solver",
