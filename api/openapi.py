@@ -1,0 +1,79 @@
+"""The OpenAPI document: what FastAPI derives, plus the bodies that routes parse themselves."""
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from api.inputs import job_schema
+from api.problem import OpenAIError, ProblemOut
+
+DESCRIPTION = """
+Videos from text and images with Wan 2.2.
+
+1. `POST /v1/jobs` with a prompt; the answer (202) is a job.
+2. Follow it: `GET /v1/jobs/{id}` (ETag, `Prefer: wait=30`), `GET /v1/jobs/{id}/events` (server-sent events),
+   or a `callback_url` that receives signed webhooks.
+3. `GET /v1/jobs/{id}/video` redirects to the MP4.
+
+**Keys.** Every `/v1` route takes `Authorization: Bearer rk_...`. Scopes: `submit`, `read`, `admin`,
+`priority_high`.
+
+**Errors** are `application/problem+json` (RFC 9457). Compare `type`, which is stable; `errors` names every
+wrong field with what came and what is allowed. Below `/v1/videos`, which speaks OpenAI's dialect, the same
+problems come in its envelope.
+
+**Limits.** `RateLimit` and `RateLimit-Policy` headers on every answer; 429 and 503 carry `Retry-After`.
+"""
+TAGS = [
+    {"name": "jobs", "description": "Submit, follow, fetch."},
+    {"name": "webhooks", "description": "Deliveries of a job's callbacks, and a key's own endpoints."},
+    {"name": "uploads", "description": "Input images."},
+    {"name": "service", "description": "Models, nodes, the key in use."},
+    {"name": "openai", "description": "The same jobs in the shape of OpenAI's videos API."},
+    {"name": "operations", "description": "Probes and metrics."},
+]
+RATE_HEADERS = {
+    "X-Request-Id": {"description": "This request's id, also in our log.", "schema": {"type": "string"}},
+    "RateLimit": {"description": 'Such as `"key";r=599;t=1`.', "schema": {"type": "string"}},
+    "RateLimit-Policy": {"description": 'Such as `"key";q=600;w=60`.', "schema": {"type": "string"}},
+}
+
+
+def install_openapi(app: FastAPI) -> None:
+    """Make ``app.openapi()`` build our document, once."""
+
+    def build() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = _build(app)
+        return app.openapi_schema
+
+    app.openapi = build  # type: ignore[method-assign]
+
+
+def _build(app: FastAPI) -> dict[str, Any]:
+    document = get_openapi(
+        title=app.title, version=app.version, description=DESCRIPTION, routes=app.routes, tags=TAGS
+    )
+    schemas = document["components"]["schemas"]
+    for name, schema in (
+        ("JobIn", job_schema()),
+        ("ProblemOut", ProblemOut.model_json_schema(ref_template="#/components/schemas/{model}")),
+        ("OpenAIError", OpenAIError.model_json_schema(ref_template="#/components/schemas/{model}")),
+    ):
+        schemas.update(schema.pop("$defs", {}))
+        schemas[name] = schema
+    for path in document["paths"].values():
+        for operation in path.values():
+            # FastAPI's own shape of a 422, which this API never sends
+            for response in operation["responses"].values():
+                if response.get("content", {}).get("application/json", {}).get("schema", {}).get(
+                    "$ref", ""
+                ) == ("#/components/schemas/HTTPValidationError"):
+                    del response["content"]
+            if operation.get("security"):
+                for response in operation["responses"].values():
+                    response.setdefault("headers", {}).update(RATE_HEADERS)
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    return document

@@ -1,0 +1,1 @@
+"""One small file a group of routes; `api.app` puts them together."""

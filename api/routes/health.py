@@ -1,0 +1,115 @@
+"""``/healthz``, ``/readyz`` and ``/metrics``: for probes and scrapers, without a key."""
+
+import secrets
+import time
+from collections.abc import Callable
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from api import problem as p
+from api.auth import ServicesDep
+from api.problem import UNAUTHENTICATED, ProblemError, documented
+from api.routes.nodes import live_models, node_views
+from api.schemas import Check, Health, Ready
+from api.services import Services
+from api.views import json_response
+from jobs.errors import StoreUnavailable
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/healthz", response_model=Health, summary="Is the process alive?")
+async def healthz() -> Health:
+    """Answers as long as the process can; touches nothing else."""
+    return Health()
+
+
+@router.get(
+    "/readyz",
+    response_model=Ready,
+    summary="Would a job run?",
+    responses={503: {"model": Ready, "description": "Not now; `missing` says why not."}},
+)
+def readyz(svc: ServicesDep) -> Response:
+    """Asks Redis, the storage, and whether a live node serves a model."""
+    checks = {
+        "redis": _check(lambda: _redis(svc)),
+        "s3": _check(lambda: _storage(svc)),
+        "node": _check(lambda: _node(svc)),
+    }
+    missing = [name for name, check in checks.items() if not check.ok]
+    body = Ready(ready=not missing, missing=missing, checks=checks)
+    return json_response(body, 503 if missing else 200, {"Retry-After": "2"} if missing else {})
+
+
+def _check(ask: Callable[[], str]) -> Check:
+    """Run one check; any failure is an answer here."""
+    try:
+        return Check(ok=True, detail=ask())
+    except NotReadyError as error:
+        return Check(ok=False, detail=str(error))
+    except Exception as error:  # whatever a client library raises: the type tells enough, the text may not
+        return Check(ok=False, detail=f"no answer ({type(error).__name__})")
+
+
+class NotReadyError(Exception):
+    """A dependency answers, but is not ready; the text says what is missing."""
+
+
+def _redis(svc: Services) -> str:
+    started = time.perf_counter()
+    svc.redis.ping()
+    return f"answered in {(time.perf_counter() - started) * 1000:.0f} ms"
+
+
+def _storage(svc: Services) -> str:
+    started = time.perf_counter()
+    if not svc.storage.ready():
+        raise NotReadyError(
+            f"there is no bucket {svc.settings.s3_bucket}; `reel up` makes it, or make it by hand"
+        )
+    return f"answered in {(time.perf_counter() - started) * 1000:.0f} ms"
+
+
+def _node(svc: Services) -> str:
+    live = live_models(svc)
+    if not live:
+        raise NotReadyError("no live node serves a model; start one with `reel node --model PATH`")
+    return ", ".join(sorted(live))
+
+
+@router.get(
+    "/metrics",
+    summary="Prometheus metrics",
+    response_class=Response,
+    responses={
+        200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Exposition format."},
+        **documented(p.UNAUTHENTICATED),
+    },
+)
+def metrics(request: Request, svc: ServicesDep) -> Response:
+    """Requests, jobs, queue and nodes. Needs a bearer token only where `REEL_METRICS_TOKEN` is set."""
+    token = svc.settings.metrics_token
+    sent = request.headers.get("authorization", "").removeprefix("Bearer ")
+    if token and not secrets.compare_digest(sent.encode(), token.get_secret_value().encode()):
+        raise ProblemError(UNAUTHENTICATED, "The metrics of this server need its metrics token.")
+    _observe(svc)
+    return Response(svc.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _observe(svc: Services) -> None:
+    """Set the queue's gauges; a Redis that is away shows as `reel_store_up 0`, not as a failed scrape."""
+    m = svc.metrics
+    for gauge in (m.jobs, m.oldest, m.nodes):
+        gauge.clear()
+    try:
+        for row in svc.jobs.queue_stats():
+            m.jobs.labels(row.model, row.priority, "queued").set(row.waiting)
+            m.jobs.labels(row.model, row.priority, "running").set(row.running)
+            m.oldest.labels(row.model, row.priority).set(row.oldest_seconds or 0)
+        for node in node_views(svc):
+            m.nodes.labels(node.state if node.live else "lost").inc()
+        m.store_up.set(1)
+    except StoreUnavailable:
+        m.store_up.set(0)

@@ -1,0 +1,70 @@
+"""What the routes work with: one `Services` per app, opened and closed by its lifespan."""
+
+from dataclasses import dataclass, field
+from threading import Event
+
+from fastapi import Request
+
+from api.metrics import Metrics
+from api.rate import RateLimiter
+from api.watch import Watcher
+from jobs.client import AsyncRedisClient, RedisClient, connect, connect_async
+from jobs.keys import KeyStore
+from jobs.nodes import NodeRegistry
+from jobs.outbox import Outbox
+from jobs.settings import Settings
+from jobs.storage import ObjectStore
+from jobs.store import JobStore
+from jobs.uploads import UploadIndex
+
+
+@dataclass(frozen=True)
+class Services:
+    """Clients and stores that live as long as the app."""
+
+    settings: Settings
+    redis: RedisClient
+    aredis: AsyncRedisClient
+    jobs: JobStore
+    keys: KeyStore
+    nodes: NodeRegistry
+    outbox: Outbox
+    storage: ObjectStore
+    uploads: UploadIndex
+    rate: RateLimiter
+    metrics: Metrics
+    watcher: Watcher
+    stopping: Event = field(default_factory=Event)  # set at SIGTERM: streams end, waits return
+
+
+def secret_text(settings: Settings) -> str:
+    """The key that hashes API keys and encrypts webhook secrets. Raises ValueError when it is not set."""
+    if settings.secret_key is None:
+        raise ValueError("REEL_SECRET_KEY is not set: give this role a random value of 32 bytes or more")
+    return settings.secret_key.get_secret_value()
+
+
+def open_services(settings: Settings, metrics: Metrics) -> Services:
+    """Build all clients. Connects to nothing yet: a Redis that is away shows in /readyz and as 503."""
+    client, aclient = connect(settings), connect_async(settings)
+    return Services(
+        settings=settings,
+        redis=client,
+        aredis=aclient,
+        jobs=JobStore(client, settings),
+        keys=KeyStore(client, secret_text(settings)),
+        nodes=NodeRegistry(client),
+        outbox=Outbox(client, settings),
+        storage=ObjectStore(settings),
+        uploads=UploadIndex(client, settings),
+        rate=RateLimiter(client, settings),
+        metrics=metrics,
+        watcher=Watcher(aclient),
+    )
+
+
+def services(request: Request) -> Services:
+    """The app's services, as a dependency."""
+    found = request.app.state.services
+    assert isinstance(found, Services)
+    return found

@@ -1,0 +1,104 @@
+"""From a parsed body to a queued job: the same for the native route and the OpenAI façade."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from api.auth import has_scope
+from api.bodies import field_problems
+from api.errors import RETRY_SECONDS, invalid
+from api.images import image_key
+from api.inputs import EXPECTED, VIDEO_FIELDS, JobIn, body_hash
+from api.problem import FORBIDDEN, NO_MODEL, ProblemError, shorten
+from api.services import Services
+from jobs.addresses import CallbackRefused, check_callback_url
+from jobs.errors import FieldProblem, InvalidRequest
+from jobs.job import Job, ModelCard, NewJob, Priority, VideoRequest, new_id
+from jobs.keys import ApiKey, Scope
+from jobs.requests import parse_and_resolve
+
+
+def accept(
+    svc: Services, key: ApiKey, data: Mapping[str, Any], idempotency_key: str | None
+) -> tuple[Job, bool]:
+    """Check everything, then queue: (job, created); created is False when the Idempotency-Key repeats.
+
+    Raises ProblemError with every wrong field at once, QueueFull, IdempotencyConflict, StoreUnavailable.
+    """
+    body, request = check(svc, key, data)
+    new = NewJob(
+        id=new_id("job"),
+        key_id=key.id,
+        priority=body.priority,
+        request=request,
+        deadline_seconds=body.deadline_seconds,
+        callback_url=body.callback_url,
+        webhook_events=tuple(dict.fromkeys(body.webhook_events)),
+        metadata=body.metadata,
+        idempotency_key=idempotency_key,
+        body_hash=body_hash(data),
+        max_outstanding=key.max_outstanding,
+    )
+    job, created = svc.jobs.submit(new)
+    if created:
+        svc.metrics.submitted.labels(request.model, body.priority.value).inc()
+    return job, created
+
+
+def check(svc: Services, key: ApiKey, data: Mapping[str, Any]) -> tuple[JobIn, VideoRequest]:
+    """The body's own fields and the resolved request. Raises ProblemError."""
+    wrong: dict[str, FieldProblem] = {}
+    body: JobIn | None = None
+    try:
+        body = JobIn.model_validate(dict(data))
+    except ValidationError as error:
+        for item in field_problems(error.errors(include_url=False), data, JobIn, EXPECTED):
+            wrong[item.field] = item
+    card = choose_model(svc, data.get("model"), wrong)
+    request: VideoRequest | None = None
+    if card is not None:
+        try:
+            request = parse_and_resolve({name: data[name] for name in VIDEO_FIELDS & data.keys()}, card)
+        except InvalidRequest as error:
+            for item in error.problems:
+                wrong.setdefault(item.field.split(".")[0], item)
+    if body is not None:
+        _check_callback(svc, body.callback_url, wrong)
+        if request is not None and body.image is not None and not wrong:
+            request = request.model_copy(update={"image": image_key(svc, key, body.image, wrong)})
+        if body.priority is Priority.HIGH and not has_scope(key, Scope.PRIORITY_HIGH):
+            needed = FieldProblem("priority", "high", "normal or low, or a key with the scope priority_high")
+            raise ProblemError(FORBIDDEN, "This key lacks the scope 'priority_high'.", [needed])
+    if wrong or body is None or request is None:
+        raise invalid(list(wrong.values()))
+    return body, request
+
+
+def choose_model(svc: Services, name: Any, wrong: dict[str, FieldProblem]) -> ModelCard | None:
+    """The card of the model that was asked for, of the default, or of the only one.
+
+    None after noting a problem in `wrong`. Raises ProblemError when there are no models at all.
+    """
+    cards = {card.name: card for card in svc.nodes.models()}
+    if not cards:
+        raise ProblemError(
+            NO_MODEL, "No node has announced a model yet.", headers={"Retry-After": str(RETRY_SECONDS)}
+        )
+    if name is None:
+        name = svc.settings.default_model or (next(iter(cards)) if len(cards) == 1 else None)
+    if isinstance(name, str) and name in cards:
+        return cards[name]
+    got = "nothing" if name is None else shorten(name)
+    wrong["model"] = FieldProblem("model", got, "one of " + ", ".join(sorted(cards)))
+    return None
+
+
+def _check_callback(svc: Services, url: str | None, wrong: dict[str, FieldProblem]) -> None:
+    """Refuse a callback that would never be posted to. The sender checks again at every attempt."""
+    if url is None:
+        return
+    try:
+        check_callback_url(url, allow_loopback=svc.settings.allow_loopback_callbacks)
+    except CallbackRefused as error:
+        wrong["callback_url"] = FieldProblem("callback_url", shorten(url), str(error))

@@ -1,0 +1,196 @@
+// The composer: fields of the chosen model, presets, errors at the field, and the request as a curl command.
+
+import { json, upload } from "./client.js";
+import { $, make, pretty, show } from "./dom.js";
+
+const FIELDS = ["prompt", "image", "model", "size", "frame_num", "sampling_steps", "seed", "guide_scale", "shift", "sample_solver", "priority", "negative_prompt"];
+const INPUTS = { guide_scale: ["guide_low", "guide_high"] };
+let models = [];
+let picture = null; // {file, id, url}
+
+const model = () => models.find((card) => card.id === $("model").value) || models[0];
+const inputs = (field) => (INPUTS[field] || [field]).map($).filter(Boolean);
+
+export async function loadModels() {
+  models = (await json("/v1/models")).data;
+  const chosen = $("model").value;
+  $("model").replaceChildren(...models.map((card) => make("option", { value: card.id, text: card.live ? card.id : `${card.id} (no node now)` })));
+  if (models.some((card) => card.id === chosen)) $("model").value = chosen;
+  $("submit").disabled = models.length === 0;
+  if (models.length && !chosen) applyModel();
+  return models.length;
+}
+
+function applyModel() {
+  const card = model();
+  if (!card) return;
+  $("size").replaceChildren(...card.sizes.map((size) => make("option", { value: size, text: pretty(size) })));
+  $("sample_solver").replaceChildren(...card.sample_solvers.map((name) => make("option", { text: name })));
+  show($("solver-field"), card.sample_solvers.length > 1);
+  show($("image-field"), card.task !== "t2v");
+  $("frame_num").max = card.max_frame_num;
+  $("sampling_steps").max = card.max_sampling_steps;
+  drawPresets(card);
+  applyDefaults(card);
+}
+
+function applyDefaults(card) {
+  const d = card.defaults;
+  Object.assign($("size"), { value: d.size });
+  Object.assign($("frame_num"), { value: d.frame_num });
+  Object.assign($("sampling_steps"), { value: d.sampling_steps });
+  Object.assign($("guide_low"), { value: d.guide_scale[0] });
+  Object.assign($("guide_high"), { value: d.guide_scale[1] });
+  Object.assign($("shift"), { value: d.shift });
+  Object.assign($("sample_solver"), { value: d.sample_solver });
+  refresh();
+}
+
+const area = (size) => size.split("*").reduce((a, b) => a * Number(b), 1);
+const odd = (frames) => 4 * Math.max(1, Math.round((frames - 1) / 4)) + 1;
+
+// A preset names three fields; everything else stays the model's default.
+function presets(card) {
+  const d = card.defaults;
+  const wide = ([w, h]) => Number(w) >= Number(h);
+  const same = card.sizes.filter((size) => wide(size.split("*")) === wide(d.size.split("*")));
+  const small = [...same].sort((a, b) => area(a) - area(b))[0] || d.size;
+  const draft = { size: small, frame_num: Math.min(d.frame_num, odd(d.frame_num / 2)), sampling_steps: Math.max(1, Math.round(d.sampling_steps / 2)) };
+  const normal = { size: d.size, frame_num: d.frame_num, sampling_steps: d.sampling_steps };
+  const long = { ...normal, frame_num: card.max_frame_num };
+  return [["Draft", draft], ["Standard", normal], ["Longest", long]];
+}
+
+function drawPresets(card) {
+  const legend = make("legend", { text: "Preset" });
+  $("presets").replaceChildren(legend, ...presets(card).map(([name, values], index) => {
+    const radio = make("input", { type: "radio", name: "preset", value: String(index) });
+    radio.addEventListener("change", () => { for (const [field, value] of Object.entries(values)) $(field).value = value; refresh(); });
+    const note = `${pretty(values.size)}, ${(values.frame_num / card.fps).toFixed(1)} s`;
+    return make("label", { class: "preset" }, radio, make("span", {}, make("b", { text: name }), make("small", { text: note })));
+  }));
+}
+
+const number = (id) => ($(id).value.trim() === "" ? undefined : Number($(id).value));
+
+// The request's body, exactly as it will be sent. Fields at the model's default are left out.
+export function readRequest() {
+  const card = model();
+  const d = card ? card.defaults : {};
+  const body = { prompt: $("prompt").value };
+  const put = (name, value, standard) => { if (value !== undefined && value !== "" && value !== standard) body[name] = value; };
+  if (models.length > 1 || !card) put("model", $("model").value);
+  put("size", $("size").value, d.size);
+  put("frame_num", number("frame_num"), d.frame_num);
+  put("sampling_steps", number("sampling_steps"), d.sampling_steps);
+  const guide = [number("guide_low"), number("guide_high")];
+  if (d.guide_scale && (guide[0] !== d.guide_scale[0] || guide[1] !== d.guide_scale[1])) {
+    body.guide_scale = [guide[0] ?? null, guide[1] ?? null];
+  }
+  put("shift", number("shift"), d.shift);
+  put("sample_solver", $("sample_solver").value, d.sample_solver);
+  const seed = $("seed").value.trim();
+  if (seed !== "") body.seed = /^-?\d{1,15}$/.test(seed) ? Number(seed) : seed;
+  put("negative_prompt", $("negative_prompt").value);
+  put("priority", $("priority").value, "normal");
+  if (picture && card && card.task !== "t2v") body.image = picture.id || "UPLOAD_ID";
+  return body;
+}
+
+export async function readyRequest() {
+  if (picture && !picture.id) {
+    picture.id = (await upload(picture.file)).id;
+    drawCurl();
+  }
+  return readRequest();
+}
+
+// Fill the form from a job's resolved request.
+export function fillFrom(request, seed = request.seed) {
+  $("prompt").value = request.prompt;
+  if (models.some((card) => card.id === request.model)) { $("model").value = request.model; applyModel(); }
+  for (const name of ["size", "frame_num", "sampling_steps", "shift", "sample_solver", "negative_prompt"]) $(name).value = request[name];
+  [$("guide_low").value, $("guide_high").value] = request.guide_scale;
+  $("seed").value = seed ?? "";
+  if (request.image) setPicture({ id: request.image });
+  refresh();
+}
+
+function setPicture(value) {
+  if (picture?.url) URL.revokeObjectURL(picture.url);
+  picture = value;
+  show($("image-preview"), Boolean(value?.url));
+  show($("image-clear"), Boolean(value));
+  if (value?.url) { $("image-preview").src = value.url; $("image-preview").alt = "The chosen first image"; }
+  else $("image").value = "";
+  drawCurl();
+}
+
+export function clearErrors() {
+  for (const field of [...FIELDS, "form"]) {
+    const slot = $(`${field}-error`);
+    if (slot) slot.textContent = "";
+    for (const input of inputs(field)) input.removeAttribute("aria-invalid");
+  }
+}
+
+// Each error at its field; what has no field, above the button. The first wrong field takes the focus.
+export function showErrors(problem) {
+  const loose = [];
+  let first = null;
+  for (const item of problem.errors) {
+    const field = FIELDS.find((name) => item.field === name || item.field.startsWith(`${name}.`));
+    if (!field) { loose.push(`${item.field}: ${item.expected}`); continue; }
+    $(`${field}-error`).textContent = field === "prompt" ? `Expected ${item.expected}.` : `Got ${item.got}. Expected ${item.expected}.`;
+    for (const input of inputs(field)) input.setAttribute("aria-invalid", "true");
+    if (field !== "prompt" && field !== "image") $("details").open = true;
+    first ??= inputs(field)[0];
+  }
+  if (!problem.errors.length) loose.push(problem.message);
+  $("form-error").textContent = loose.join(" ");
+  (first || $("form-error")).focus();
+}
+
+function drawCurl() {
+  const quote = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+  const lines = [`curl ${location.origin}/v1/jobs \\`, "  -H \"Authorization: Bearer $REEL_API_KEY\" \\", "  -H 'Content-Type: application/json' \\", `  -d ${quote(JSON.stringify(readRequest()))}`];
+  $("curl").textContent = lines.join("\n");
+}
+
+export function refresh() {
+  const card = model();
+  if (!card) return;
+  const frames = Number($("frame_num").value);
+  $("frame-note").textContent = `${frames} · ${(frames / card.fps).toFixed(1)} s at ${card.fps} fps`;
+  $("steps-note").textContent = $("sampling_steps").value;
+  $("prompt-count").textContent = `${$("prompt").value.length} / 2000`;
+  $("digest").textContent = `${pretty($("size").value)}, ${frames} frames, ${$("sampling_steps").value} steps`;
+  const values = presets(card);
+  for (const radio of $("presets").querySelectorAll("input")) {
+    const [, preset] = values[Number(radio.value)];
+    radio.checked = Object.entries(preset).every(([field, value]) => String($(field).value) === String(value));
+  }
+  drawCurl();
+}
+
+export function startForm(onSubmit) {
+  $("form").addEventListener("submit", (event) => { event.preventDefault(); onSubmit(); });
+  $("form").addEventListener("input", (event) => { if (event.target.name !== "preset") refresh(); });
+  $("form").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); onSubmit(); }
+  });
+  $("model").addEventListener("change", applyModel);
+  const take = (file) => { if (file) setPicture({ file, url: URL.createObjectURL(file) }); };
+  $("image").addEventListener("change", () => take($("image").files[0]));
+  $("image-clear").addEventListener("click", () => setPicture(null));
+  const drop = $("image-drop");
+  drop.addEventListener("dragover", (event) => { event.preventDefault(); drop.classList.add("over"); });
+  drop.addEventListener("dragleave", () => drop.classList.remove("over"));
+  drop.addEventListener("drop", (event) => { event.preventDefault(); drop.classList.remove("over"); take(event.dataTransfer.files[0]); });
+  $("curl-copy").addEventListener("click", async () => {
+    const button = $("curl-copy");
+    try { await navigator.clipboard.writeText($("curl").textContent); button.textContent = "Copied"; }
+    catch { getSelection().selectAllChildren($("curl")); button.textContent = "Selected: copy it with the keyboard"; }
+    setTimeout(() => { button.textContent = "Copy"; }, 2500);
+  });
+}
