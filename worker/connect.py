@@ -1,0 +1,37 @@
+"""Connections of the worker roles, and the one clear line when a service can't be reached at start."""
+
+import redis
+
+from jobs.client import connect
+from jobs.errors import StorageUnavailable
+from jobs.settings import Settings
+from jobs.storage import ObjectStore
+from jobs.store import JobStore
+
+
+class Unreachable(Exception):
+    """A service did not answer at start; the message is one line for the operator."""
+
+
+def open_store(settings: Settings) -> JobStore:
+    """The job store over a client of its own."""
+    return JobStore(connect(settings), settings)
+
+
+def check_redis(settings: Settings) -> None:
+    """Raise Unreachable when Redis does not answer a PING."""
+    try:
+        with connect(settings) as client:
+            client.ping()
+    except (redis.RedisError, OSError) as error:
+        raise Unreachable(
+            f"Redis at {settings.redis_url} can't be reached ({error}); set REEL_REDIS_URL"
+        ) from None
+
+
+def check_storage(settings: Settings) -> None:
+    """Raise Unreachable when the bucket can neither be found nor made."""
+    try:
+        ObjectStore(settings).ensure_bucket()
+    except (StorageUnavailable, OSError) as error:
+        raise Unreachable(f"S3 can't be used: {error}") from None

@@ -1,0 +1,177 @@
+"""From finished frames to a committed job: close the MP4, upload, finish. The GPUs are at the next job meanwhile."""
+
+import json
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.errors import LeaseLost, StorageUnavailable, StoreUnavailable
+from jobs.job import FailureClass, Job, JobError, Phase, VideoResult
+from jobs.storage import ObjectStore, artifact_key
+from jobs.store import JobStore
+from worker.drain import Drain
+from worker.estimate import PUBLISHING_PROGRESS
+from worker.lease import Lease, tell
+from worker.spool import Spool
+from worker.video import POSTER, VIDEO, VideoFacts, read_facts
+
+MANIFEST = "manifest.json"
+CONTENT_TYPES = {VIDEO: "video/mp4", POSTER: "image/jpeg", MANIFEST: "application/json"}
+FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0  # seconds between tries of an upload
+STORAGE_ERRORS = (StorageUnavailable, OSError)  # OSError: no such bucket, for one
+log = logging.getLogger(__name__)
+
+
+class Stopped(Exception):
+    """The work is to be dropped: the lease's flags or the drain say why."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A job whose frames are all made.
+
+    close: waits for the MP4 to be whole; raises when its writer died. None: it is whole.
+    """
+
+    job: Job
+    folder: Path
+    close: Callable[[], None] | None = None
+
+
+class Publisher:
+    """Publishes one job at a time, from a thread of its own."""
+
+    def __init__(self, store: JobStore, storage: ObjectStore, spool: Spool, drain: Drain) -> None:
+        self._store, self._storage, self._spool, self._drain = store, storage, spool, drain
+        self._free = threading.Semaphore(1)
+        self.job: Job | None = None  # being published
+
+    def take(self, finished: Finished) -> None:
+        """Hand over a finished job and return. Blocks, keeping its lease, while an earlier one is on its way."""
+        if not self._free.acquire(blocking=False):
+            with Lease(self._store, finished.job, Phase.PUBLISHING, PUBLISHING_PROGRESS):
+                self._free.acquire()
+        self.job = finished.job
+        threading.Thread(target=self._run, args=(finished,), name="publisher", daemon=True).start()
+
+    def wait(self) -> None:
+        """Block until nothing is being published."""
+        with self._free:
+            return
+
+    def _run(self, finished: Finished) -> None:
+        try:
+            self._publish(finished)
+        except Exception:
+            log.exception("job %s: publishing failed", finished.job.id)
+            self._fail(finished.job, "publishing failed; the node's log has the reason")
+        finally:
+            self.job = None
+            self._free.release()
+
+    def _publish(self, finished: Finished) -> None:
+        job, store = finished.job, self._store
+        with Lease(store, job, Phase.PUBLISHING, PUBLISHING_PROGRESS) as lease:
+            try:
+                facts = self._facts(finished)
+                if facts is None:
+                    self._fail(job, "the rank that wrote the video died")
+                    return
+                result = self._upload(job, finished.folder, facts, lease)
+                self._commit(job, result, lease)
+            except (Stopped, LeaseLost):
+                self._withdraw(job, lease)
+                return
+        self._spool.drop(job.id)
+        log.info("job %s: published %d bytes", job.id, facts.bytes)
+
+    def _facts(self, finished: Finished) -> VideoFacts | None:
+        """Wait for the MP4 to be whole; None when it never will be."""
+        try:
+            if finished.close is not None:
+                finished.close()
+        except Exception as error:
+            log.warning("job %s: the video was not finished: %s", finished.job.id, error)
+        return read_facts(finished.folder)
+
+    def _upload(self, job: Job, folder: Path, facts: VideoFacts, lease: Lease) -> VideoResult:
+        """Put the three objects under the attempt's own prefix, however long S3 is away. Raises Stopped."""
+        manifest = facts.manifest | {"video": {"sha256": facts.sha256, "bytes": facts.bytes}}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
+        keys = {name: artifact_key(job.id, job.token, name) for name in CONTENT_TYPES}
+        for name, content_type in CONTENT_TYPES.items():
+            self._put(job, keys[name], folder / name, content_type, lease)
+        return VideoResult(
+            video_key=keys[VIDEO],
+            poster_key=keys[POSTER],
+            manifest_key=keys[MANIFEST],
+            width=facts.width,
+            height=facts.height,
+            frames=facts.frames,
+            fps=facts.fps,
+            bytes=facts.bytes,
+            sha256=facts.sha256,
+            seconds=facts.seconds,
+        )
+
+    def _put(self, job: Job, key: str, path: Path, content_type: str, lease: Lease) -> None:
+        delay = FIRST_DELAY
+        while path.exists():
+            self._go_on(lease)
+            try:
+                self._storage.put_file(key, path, content_type)
+                return
+            except STORAGE_ERRORS as error:
+                log.warning(
+                    "job %s: upload of %s failed, again in %.1f s: %s", job.id, path.name, delay, error
+                )
+            self._pause(delay * random.uniform(0.7, 1.0), lease)
+            delay = min(delay * 2, LONGEST_DELAY)
+        raise FileNotFoundError(f"{path} is gone from the spool")
+
+    def _commit(self, job: Job, result: VideoResult, lease: Lease) -> None:
+        """The one write that makes the result the job's. Raises LeaseLost or Stopped."""
+        while True:
+            self._go_on(lease)
+            try:
+                self._store.finish(job.id, job.token, result)
+                return
+            except StoreUnavailable as error:
+                log.warning("job %s: cannot commit yet: %s", job.id, error)
+            self._pause(1.0, lease)
+
+    def _withdraw(self, job: Job, lease: Lease) -> None:
+        """Leave nothing of ours behind: canceled, given back (draining), or a stale owner."""
+        if lease.canceled:
+            tell(lambda: self._store.cancel_running(job.id, job.token))
+            self._spool.drop(job.id)
+        elif self._drain.overdue >= 0 and not lease.lost:
+            tell(lambda: self._store.give_back(job.id, job.token))  # the finished MP4 stays in the spool
+        try:
+            self._storage.delete_prefix(artifact_key(job.id, job.token, ""))
+        except STORAGE_ERRORS as error:
+            log.warning("job %s: cannot remove objects of token %d: %s", job.id, job.token, error)
+
+    def _fail(self, job: Job, detail: str) -> None:
+        error = JobError(
+            type="infrastructure",
+            title="The video was made but could not be published",
+            detail=detail,
+            failure_class=FailureClass.INFRASTRUCTURE,
+        )
+        tell(lambda: self._store.fail(job.id, job.token, error))
+
+    def _go_on(self, lease: Lease) -> None:
+        if lease.over or self._drain.overdue >= 0:
+            raise Stopped
+
+    def _pause(self, seconds: float, lease: Lease) -> None:
+        """Wait, but notice a reason to stop."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self._go_on(lease)
+            time.sleep(0.1)

@@ -1,0 +1,157 @@
+"""One rank: one GPU (or a share of the CPU), with the whole pipeline warm. Rank 0 also reports and writes the MP4."""
+
+import logging
+import os
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import ray
+import torch
+
+from engine.config import Canceled, GenerationRequest
+from engine.errors import CheckpointError, OutOfMemory, RequestError
+from engine.load import load_pipeline
+from engine.parallel.mesh import Mesh
+from engine.specs import KNOWN
+from jobs.job import FailureClass, Job
+from worker.connect import open_store
+from worker.estimate import History
+from worker.manifest import manifest_of
+from worker.plan import NodePlan
+from worker.reporter import Reporter
+from worker.reports import BadModel, Loaded, RankReport, Stop
+from worker.video import VideoFolder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Written:
+    """A video whose frames are all in ffmpeg's pipe."""
+
+    sink: VideoFolder
+    seconds: dict[str, float] = field(default_factory=dict)
+    manifest: dict[str, object] = field(default_factory=dict)
+
+
+class Rank:
+    """What a rank actor is made of. `stop`, `silence` and `finish_video` come from other threads than `generate`."""
+
+    def __init__(self, plan: NodePlan, index: int) -> None:
+        self.plan = plan
+        self.index = index
+        self._history = History()
+        self._reporter: Reporter | None = None
+        self._written: dict[Path, _Written] = {}
+
+    def load(self, rendezvous: Path) -> Loaded:
+        """Join the other ranks through the `rendezvous` file and load the model. Raises BadModel."""
+        began = time.monotonic()
+        torch.set_num_threads(self.plan.threads)
+        self._device = self._pick_device()
+        self._mesh = self._join(rendezvous)
+        dtype = torch.bfloat16 if self.plan.device == "cuda" else torch.float32
+        try:
+            self._pipeline = load_pipeline(
+                self.plan.model,
+                mesh=self._mesh,
+                device=self._device,
+                dtype=dtype,
+                name=self.plan.name if self.plan.name in KNOWN else None,
+            )
+        except (CheckpointError, FileNotFoundError) as error:
+            raise BadModel(str(error)) from None
+        if self.index == 0:
+            self._store = open_store(self.plan.settings)
+        log.info("rank %d ready in %.1f s on %s", self.index, time.monotonic() - began, self._device)
+        return Loaded(self._pipeline.spec, os.getpid())
+
+    def generate(self, job: Job, request: GenerationRequest, folder: Path) -> RankReport:
+        """Compute this rank's part of a video; never raises for what the engine or the request did wrong."""
+        began = time.monotonic()
+        try:
+            if self.index == 0:
+                self._lead(job, request, folder)
+            else:
+                self._pipeline.generate(request, NoFrames())
+            report = RankReport(self.index, "done")
+        except Canceled:
+            report = RankReport(self.index, "stopped", stop=self._reporter.stop if self._reporter else None)
+        except Exception as error:
+            words = f"{type(error).__name__}: {error}"
+            log.warning("job %s: rank %d: %s", job.id, self.index, words)
+            report = RankReport(self.index, "failed", failure=failure_class(error), detail=words)
+        self._reporter = None
+        return replace(report, began_at=began, ended_at=time.monotonic())
+
+    def stop(self, why: Stop) -> None:
+        """Have the engine stop at its next step boundary, on all ranks."""
+        reporter = self._reporter
+        if reporter is not None and reporter.stop is None:
+            reporter.stop = why
+
+    def silence(self) -> float:
+        """Seconds since the engine last made a step; 0 when nothing runs."""
+        reporter = self._reporter
+        return reporter.silence if reporter is not None else 0.0
+
+    def finish_video(self, folder: Path) -> None:
+        """Wait until the MP4 of a generated video is whole on disk; the ranks may be at the next one already."""
+        written = self._written.pop(folder)
+        written.sink.finish(written.seconds, written.manifest)
+
+    def _lead(self, job: Job, request: GenerationRequest, folder: Path) -> None:
+        """Rank 0's way through `generate`: report, and feed the frames to the MP4."""
+        sink = VideoFolder(folder, job.id, self._pipeline.spec.fps)
+        try:
+            with Reporter(self._store, job, request, self._history) as self._reporter:
+                result = self._pipeline.generate(
+                    request,
+                    sink,
+                    on_progress=self._reporter.on_progress,
+                    should_cancel=self._reporter.should_cancel,
+                )
+        except BaseException:
+            sink.abort()
+            raise
+        manifest = manifest_of(job, self._pipeline.spec, self._mesh, self.plan, result.seconds)
+        self._written[folder] = _Written(sink, result.seconds, manifest)
+
+    def _pick_device(self) -> torch.device:
+        """The GPU that Ray gave to this rank, or the CPU. All GPUs stay visible to all ranks."""
+        if self.plan.device == "cpu":
+            return torch.device("cpu")
+        device = torch.device("cuda", int(ray.get_gpu_ids()[0]))
+        torch.cuda.set_device(device)
+        return device
+
+    def _join(self, rendezvous: Path) -> Mesh:
+        """The mesh over all ranks; a single rank needs no process group."""
+        if self.plan.ranks == 1:
+            return Mesh.single()
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine
+        return Mesh.init(
+            backend="gloo" if self.plan.device == "cpu" else "nccl",
+            init_method=f"file://{rendezvous}",
+            rank=self.index,
+            world_size=self.plan.ranks,
+            timeout_seconds=self.plan.settings.step_timeout_seconds,
+        )
+
+
+class NoFrames:
+    """The sink of the ranks that get no frames."""
+
+    def write(self, frames: object) -> None:
+        """Refuse: only rank 0 may be given frames."""
+        raise AssertionError("a rank other than 0 was given frames")
+
+
+def failure_class(error: BaseException) -> FailureClass:
+    """Whose fault an exception of the engine is."""
+    if isinstance(error, RequestError):
+        return FailureClass.USER
+    if isinstance(error, (OutOfMemory, torch.OutOfMemoryError, MemoryError)):
+        return FailureClass.OUT_OF_MEMORY
+    return FailureClass.INFRASTRUCTURE
