@@ -4,8 +4,9 @@ Shapes: B batch, L query tokens, T key tokens, H heads, K head dimension.
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Literal, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,6 +17,17 @@ def sdpa(q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(K)) v by torch; every key counts (callers cut padding off)."""
     q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BTHK, v_BTHK))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def pick_attend(
+    kind: Literal["self", "cross"], dtype: torch.dtype, head_dim: int, device: torch.device
+) -> Attend:
+    """The fastest attention for this device: on a GPU the one that passes `kernels.attention`'s probe."""
+    if device.type != "cuda":
+        return sdpa
+    from kernels.attention import choose
+
+    return choose(kind, dtype, head_dim, device)
 
 
 class Sequence(Protocol):

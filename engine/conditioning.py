@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.config import GenerationRequest, ModelSpec
+from engine.images import Size, best_size, cover_and_crop, open_image, resize_bicubic, size_by_area
 from engine.vae import VAE
 
 
@@ -16,7 +17,7 @@ from engine.vae import VAE
 class Conditioning:
     """The video's size and what the model sees beside the noise."""
 
-    size: tuple[int, int]  # width, height in pixels of the video
+    size: Size  # width, height in pixels of the video
     channels: Tensor | None = None  # I2V, [C, F, H, W]: goes behind the latents' channels at each step
     first_latent: Tensor | None = None  # TI2V, [C, 1, H, W]: stands in the first latent frame's place
 
@@ -37,6 +38,45 @@ class Conditioning:
         return torch.tensor([[t] if self.first_latent is None else [0, t]], device=device)
 
 
+def output_size(request: GenerationRequest, spec: ModelSpec) -> Size:
+    """Width and height of the request's video: the asked ones, or its image's aspect at their area."""
+    if request.image is None:
+        return request.size
+    return _size_for(open_image(request.image).size, request, spec)
+
+
 def make_conditioning(request: GenerationRequest, spec: ModelSpec, vae: VAE) -> Conditioning:
     """The conditioning of a request; without an image, its size alone."""
-    return Conditioning(request.size)
+    if request.image is None:
+        return Conditioning(request.size)
+    image = open_image(request.image)
+    size = _size_for(image.size, request, spec)
+    if spec.task == "i2v":
+        return Conditioning(
+            size, channels=_image_channels(resize_bicubic(image, size), request.frame_num, vae)
+        )
+    return Conditioning(size, first_latent=_encode(cover_and_crop(image, size)[:, None], vae))
+
+
+def _size_for(image: Size, request: GenerationRequest, spec: ModelSpec) -> Size:
+    area = request.size[0] * request.size[1]
+    stride, patch = spec.vae.stride[1], spec.dit.patch_size[1]
+    if spec.task == "i2v":
+        return size_by_area(image, area, stride, patch)
+    return best_size(image, area, stride * patch)
+
+
+def _image_channels(image_3HW: Tensor, frame_num: int, vae: VAE) -> Tensor:
+    """[4 + C, F, H, W]: a mask that is 1 on the first latent frame, then the latents of the image followed
+    by empty (mid-grey) frames."""
+    rest = image_3HW.new_zeros(3, frame_num - 1, *image_3HW.shape[1:])
+    latents_CFHW = _encode(torch.cat((image_3HW[:, None], rest), dim=1), vae)
+    mask_4FHW = torch.zeros_like(latents_CFHW[:1]).repeat(vae.config.stride[0], 1, 1, 1)
+    mask_4FHW[:, 0] = 1
+    return torch.cat((mask_4FHW, latents_CFHW))
+
+
+def _encode(video_3THW: Tensor, vae: VAE) -> Tensor:
+    """Latents [C, F, H, W] fp32 on the VAE's device."""
+    weight = next(vae.parameters())
+    return vae.encode(video_3THW[None].to(weight.device, weight.dtype))[0].float()

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from engine.attention import pick_attend
 from engine.config import DiTConfig, VAEConfig
 from engine.dit import DiT, stays_fp32
 from engine.errors import CheckpointError
@@ -55,7 +56,10 @@ def load_pipeline(
     vae = _load("VAE", lambda: VAE(vae_config), layout.vae, device, lambda _: vae_dtype)
     text_encoder = _text_encoder(layout, dit_config, device, dtype)
     spec = make_spec(facts, dit_config, vae_config)
-    return Pipeline(spec, text_encoder, high, low, vae, mesh, device)
+    self_attend, cross_attend = (
+        pick_attend(kind, dtype, dit_config.head_dim, device) for kind in ("self", "cross")
+    )
+    return Pipeline(spec, text_encoder, high, low, vae, mesh, device, self_attend, cross_attend)
 
 
 def default_device(mesh: Mesh) -> torch.device:

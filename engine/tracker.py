@@ -35,6 +35,8 @@ class Tracker:
         if name == "encoding":
             self.report(name, 0, 1)
         yield
+        if name == "encoding":
+            self.report(name, 1, 1)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds[name] = time.perf_counter() - start

@@ -100,11 +100,15 @@ class Mesh:
 
     def agree(self, flag: bool) -> bool:
         """Rank 0's flag, on every rank."""
+        return bool(self.share(int(flag)))
+
+    def share(self, number: int) -> int:
+        """Rank 0's number, on every rank."""
         if self.control is None:
-            return flag
-        box = torch.tensor([int(flag)])
+            return number
+        box = torch.tensor([number])
         dist.broadcast(box, src=0, group=self.control)
-        return bool(box.item())
+        return int(box.item())
 
     def close(self) -> None:
         """Leave torch.distributed."""
