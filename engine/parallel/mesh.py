@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.attention import Attend, Sequence, WholeSequence, sdpa
+from engine.parallel.collectives import all_gather
 from engine.parallel.ulysses import UlyssesSequence
 
 
@@ -94,9 +95,7 @@ class Mesh:
 
     def both_branches(self, mine: Tensor) -> Tensor:
         """The predictions of both guidance branches, [2, ...], from this rank's own, [1, ...]."""
-        both = mine.new_empty((2, *mine.shape[1:]))
-        dist.all_gather_into_tensor(both, mine.contiguous(), group=self.guidance_group)
-        return both
+        return all_gather(mine, self.guidance_group).flatten(0, 1)
 
     def agree(self, flag: bool) -> bool:
         """Rank 0's flag, on every rank."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.attention import Attend, sdpa
+from engine.parallel.collectives import all_gather, all_to_all
 
 
 class UlyssesSequence:
@@ -42,9 +43,7 @@ class UlyssesSequence:
 
     def gather(self, x: Tensor, dim: int, length: int) -> Tensor:
         """The parts of all ranks, joined along `dim`, padding cut off."""
-        parts = x.new_empty((self.size, *x.shape))
-        dist.all_gather_into_tensor(parts, x.contiguous(), group=self.group)
-        return parts.movedim(0, dim).flatten(dim, dim + 1).narrow(dim, 0, length)
+        return all_gather(x, self.group).movedim(0, dim).flatten(dim, dim + 1).narrow(dim, 0, length)
 
     def split(self, first: int, length: int) -> int:
         """How many of this rank's tokens are among the first `first` of the sequence."""
@@ -63,16 +62,12 @@ class UlyssesSequence:
 
     def _tokens_for_heads(self, x_3BlHK: Tensor) -> Tensor:
         """[3, B, l, H, K] -> [3, B, L, h, K]: give away the other ranks' heads, receive their tokens."""
-        sent = (
-            torch.unflatten(x_3BlHK, 3, (self.size, -1)).movedim(3, 0).contiguous()
-        )  # [u to, 3, B, l, h, K]
-        received = torch.empty_like(sent)  # [u from, 3, B, l, h, K]
-        dist.all_to_all_single(received, sent, group=self.group)
+        sent = torch.unflatten(x_3BlHK, 3, (self.size, -1)).movedim(3, 0)  # [u to, 3, B, l, h, K]
+        received = all_to_all(sent, self.group)  # [u from, 3, B, l, h, K]
         return received.movedim(0, 2).flatten(2, 3)
 
     def _heads_for_tokens(self, o_BLhK: Tensor) -> Tensor:
         """[B, L, h, K] -> [B, l, H, K]: the way back."""
-        sent = torch.unflatten(o_BLhK, 1, (self.size, -1)).movedim(1, 0).contiguous()  # [u to, B, l, h, K]
-        received = torch.empty_like(sent)  # [u heads from, B, l, h, K]
-        dist.all_to_all_single(received, sent, group=self.group)
+        sent = torch.unflatten(o_BLhK, 1, (self.size, -1)).movedim(1, 0)  # [u to, B, l, h, K]
+        received = all_to_all(sent, self.group)  # [u heads from, B, l, h, K]
         return received.movedim(0, 2).flatten(2, 3)
