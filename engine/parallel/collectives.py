@@ -9,9 +9,10 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 def all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """[ranks, *x.shape]: x of every rank of the group, in order; all shapes must be the same."""
-    gathered = x.new_empty((dist.get_world_size(group), *x.shape))
+    ranks = dist.get_world_size(group)
+    gathered = x.new_empty((ranks * x.shape[0], *x.shape[1:]))
     _all_gather(gathered, x.contiguous(), group=group)
-    return gathered
+    return gathered.view(ranks, *x.shape)
 
 
 def all_to_all(sent: Tensor, group: dist.ProcessGroup | None) -> Tensor:
