@@ -24,9 +24,8 @@ def check_redis(settings: Settings) -> None:
         with connect(settings) as client:
             client.ping()
     except (redis.RedisError, OSError) as error:
-        raise Unreachable(
-            f"Redis at {settings.redis_url} can't be reached ({error}); set REEL_REDIS_URL"
-        ) from None
+        where = settings.redis_url.rsplit("@", 1)[-1]  # without a password
+        raise Unreachable(f"Redis at {where} can't be reached ({error}); set REEL_REDIS_URL") from None
 
 
 def check_storage(settings: Settings) -> None:
