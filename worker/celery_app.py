@@ -1,0 +1,218 @@
+"""Celery, for the short and repeatable work: webhooks and sweeps.
+
+Losing a message must not matter, for Celery over Redis can lose one (a worker that dies within a second of the
+fetch). So messages carry no truth: the outbox says which deliveries are due and a sweep looks at the store itself.
+Beat asks every second; what was lost is found at the next look.
+"""
+
+import logging
+import ssl
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+from urllib.parse import urlsplit
+
+import redis
+from celery import Celery
+from celery.beat import EmbeddedService
+from celery.exceptions import SecurityWarning
+
+from jobs.client import connect
+from jobs.keys import KeyStore
+from jobs.log import setup_logging
+from jobs.outbox import Outbox
+from jobs.settings import Settings
+from jobs.storage import ObjectStore
+from jobs.store import JobStore
+from jobs.uploads import UploadIndex
+from worker.sweeper import remove_files, sweep
+from worker.webhooks import WebhookSender
+
+PREFIX = "reel:celery:"  # of every Redis key that Celery makes
+VISIBILITY_SECONDS = 120  # an unacknowledged message comes back after this; above any task's time
+DISPATCH_SECONDS = 1.0  # how often due deliveries are looked for
+RESEND_SECONDS = 10  # a dispatched delivery that nobody took by then is dispatched again
+CLEAN_SECONDS = 60.0
+THREADS = 16  # deliveries at once; a hanging receiver holds one for 15 s
+DISPATCH_LIMIT = 200
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Services:
+    """What the tasks work with; made at first use, shared by the threads of a worker."""
+
+    settings: Settings
+
+    @cached_property
+    def redis(self) -> "redis.Redis":
+        """The client for everything below."""
+        return connect(self.settings)
+
+    @cached_property
+    def outbox(self) -> Outbox:
+        """The webhook deliveries."""
+        return Outbox(self.redis, self.settings)
+
+    @cached_property
+    def sender(self) -> WebhookSender:
+        """The webhook sender; only here is the secret key needed."""
+        assert self.settings.secret_key is not None, "checked at start"
+        keys = KeyStore(self.redis, self.settings.secret_key)
+        return WebhookSender(
+            self.outbox, keys.webhook_secrets, allow_loopback=self.settings.allow_loopback_callbacks
+        )
+
+    @cached_property
+    def store(self) -> JobStore:
+        """The jobs."""
+        return JobStore(self.redis, self.settings)
+
+    @cached_property
+    def storage(self) -> ObjectStore:
+        """The bucket."""
+        return ObjectStore(self.settings)
+
+    @cached_property
+    def uploads(self) -> UploadIndex:
+        """The input images."""
+        return UploadIndex(self.redis, self.settings)
+
+
+def make_app(settings: Settings) -> Celery:
+    """The Celery application with its four tasks."""
+    app = Celery("reel", broker=broker_url(settings.redis_url), set_as_current=False)
+    app.conf.update(configuration(settings))
+    services = Services(settings)
+
+    @app.task(name="reel.dispatch")  # type: ignore[untyped-decorator]
+    def dispatch() -> int:
+        """Send a `deliver` message for each due delivery that has none under way."""
+        due = services.outbox.due(DISPATCH_LIMIT)
+        fresh = [
+            one for one in due if services.redis.set(f"{PREFIX}sent:{one}", "1", nx=True, ex=RESEND_SECONDS)
+        ]
+        for delivery_id in fresh:
+            deliver.apply_async((delivery_id,), expires=VISIBILITY_SECONDS)
+        return len(fresh)
+
+    @app.task(name="reel.deliver")  # type: ignore[untyped-decorator]
+    def deliver(delivery_id: str) -> None:
+        """Make one attempt of one delivery, then of what its end made due (the job's next event)."""
+        services.sender.send(delivery_id)
+        services.redis.delete(f"{PREFIX}sent:{delivery_id}")
+        dispatch()
+
+    @app.task(name="reel.sweep")  # type: ignore[untyped-decorator]
+    def sweep_jobs() -> int:
+        """See worker.sweeper.sweep."""
+        return sweep(services.store)
+
+    @app.task(name="reel.clean")  # type: ignore[untyped-decorator]
+    def clean() -> int:
+        """See worker.sweeper.remove_files."""
+        return remove_files(services.store, services.storage, services.uploads)
+
+    return app
+
+
+def configuration(settings: Settings) -> dict[str, Any]:
+    """Every Celery setting that we depend on, in one place."""
+    transport = {
+        "visibility_timeout": VISIBILITY_SECONDS,
+        "global_keyprefix": PREFIX,
+        "queue_order_strategy": "round_robin",
+    }
+    conf: dict[str, Any] = {
+        # JSON alone: a pickle put into Redis is refused unread
+        "task_serializer": "json",
+        "result_serializer": "json",
+        "accept_content": ["json"],
+        "result_accept_content": ["json"],
+        "task_ignore_result": True,
+        "task_store_errors_even_if_ignored": False,
+        "task_acks_late": True,
+        "task_reject_on_worker_lost": True,
+        "worker_prefetch_multiplier": 1,
+        "worker_pool": "threads",
+        "worker_concurrency": THREADS,
+        # Celery reads the timeout from three places, depending on the code path
+        "broker_transport_options": transport,
+        "result_backend_transport_options": transport,
+        "visibility_timeout": VISIBILITY_SECONDS,
+        "task_default_queue": "reel",
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,
+        "worker_cancel_long_running_tasks_on_connection_loss": True,
+        "worker_hijack_root_logger": False,
+        "worker_redirect_stdouts": False,
+        "worker_enable_remote_control": False,
+        "worker_send_task_events": False,
+        "worker_soft_shutdown_timeout": 20.0,
+        "task_soft_time_limit": None,
+        "timezone": "UTC",
+        "beat_scheduler": "celery.beat:Scheduler",  # in memory: nothing to lose, no file
+        "beat_max_loop_interval": 1.0,
+        "beat_schedule": schedule(settings),
+    }
+    if settings.redis_url.startswith("rediss://"):
+        conf["broker_use_ssl"] = {"ssl_cert_reqs": ssl.CERT_REQUIRED}
+    return conf
+
+
+def schedule(settings: Settings) -> dict[str, dict[str, Any]]:
+    """Beat's schedule. A message older than its period is of no use: the next one is there."""
+    periods = {
+        "reel.dispatch": DISPATCH_SECONDS,
+        "reel.sweep": settings.sweep_seconds,
+        "reel.clean": min(CLEAN_SECONDS, max(settings.retention_seconds / 10, 1.0)),
+    }
+    return {
+        name: {"task": name, "schedule": seconds, "options": {"expires": max(2 * seconds, 5.0)}}
+        for name, seconds in periods.items()
+    }
+
+
+def broker_url(redis_url: str) -> str:
+    """The settings' Redis URL in kombu's spelling: unix sockets are `redis+socket://path?virtual_host=db`."""
+    if not redis_url.startswith("unix://"):
+        return redis_url
+    parts = urlsplit(redis_url)
+    auth = f"{parts.netloc}" if parts.netloc else ""
+    return f"redis+socket://{auth}{parts.path}" + (
+        f"?{parts.query.replace('db=', 'virtual_host=')}" if parts.query else ""
+    )
+
+
+def serve(settings: Settings, role: str) -> int:
+    """Run a worker, beat, or both in one process, until SIGTERM or SIGINT; the exit code."""
+    app = make_app(settings)
+    quieten()
+    if role == "beat":
+        app.Beat(loglevel=settings.log_level).run()
+        return 0
+    beat = EmbeddedService(app, thread=True) if role == "all" else None
+    if beat is not None:
+        beat.start()
+    worker = app.Worker(
+        pool="threads",
+        concurrency=THREADS,
+        loglevel=settings.log_level,
+        without_gossip=True,
+        without_mingle=True,
+        without_heartbeat=True,
+        quiet=True,
+    )
+    setup_logging("celery", settings.log_level)  # again: Celery has put its own handlers in
+    worker.start()
+    if beat is not None:
+        beat.stop()
+    return int(worker.exitcode or 0)
+
+
+def quieten() -> None:
+    """No line per task (there is one a second), and no warning about root: messages are JSON, never code."""
+    warnings.filterwarnings("ignore", category=SecurityWarning)
+    for name in ("celery.beat", "celery.worker.strategy", "celery.app.trace"):
+        logging.getLogger(name).setLevel(logging.WARNING)
