@@ -55,17 +55,23 @@ def check_callback_url(url: str, *, allow_loopback: bool, resolve: Resolver | No
     """
     parts = _split(url)
     host, port = _host(parts), _port(parts)
+    if not allow_loopback:
+        _check_scheme_and_port(parts.scheme, port)  # before asking DNS for a name that can't be posted to
     addresses = [literal] if (literal := _literal(host)) else _lookup(host, port, resolve or _getaddrinfo)
     if allow_loopback and all(_is_loopback(address) for address in addresses):
         return addresses
-    if parts.scheme != "https":
-        raise CallbackRefused(f"callback scheme {parts.scheme}:// is refused; send an https:// URL")
-    if port not in PORTS:
-        raise CallbackRefused(f"callback port {port} is refused; use 443 or 8443")
+    _check_scheme_and_port(parts.scheme, port)
     for address in addresses:
         if why := refusal(address):
             raise CallbackRefused(f"callback host {host!r} is refused: {why}; use a public https endpoint")
     return addresses
+
+
+def _check_scheme_and_port(scheme: str, port: int) -> None:
+    if scheme != "https":
+        raise CallbackRefused(f"callback scheme {scheme}:// is refused; send an https:// URL")
+    if port not in PORTS:
+        raise CallbackRefused(f"callback port {port} is refused; use 443 or 8443")
 
 
 def refusal(address: Address) -> str | None:

