@@ -2,9 +2,9 @@
 
     desired = ceil((waiting + running) x seconds per job / target wait)
 
-By Little's law (J. D. C. Little, "A Proof for the Queuing Formula L = lambda W", 1961) a fleet that satisfies it
-keeps the average time in the system, waiting included, at the target. It is clamped by the pool's limits; the rest
-of this file keeps the fleet from flapping and says why it did what it did.
+By Little's law (J. D. C. Little, "A Proof for the Queuing Formula L = lambda W", 1961) a fleet that satisfies
+it keeps the average time in the system, waiting included, at the target. It is clamped by the pool's limits;
+the rest of this file keeps the fleet from flapping and says why it did what it did.
 """
 
 import math
@@ -21,14 +21,16 @@ class MachineState(StrEnum):
     SERVING = "serving"  # its node claims jobs
     DRAINING = "draining"  # told to claim no more; a job may still run on it
     DRAINED = "drained"  # told so, and its node has ended: it can go
-    GONE = "gone"  # the cloud took it, or its node fell silent
+    SILENT = "silent"  # it has served, but its node does not report; gone after `silent_seconds`
+    GONE = "gone"  # the cloud took it
 
 
 @dataclass(frozen=True)
 class Machine:
     """One machine of a pool.
 
-    managed: made by this scaler; others count as capacity but are never touched. since: Unix seconds of its order.
+    managed: made by this scaler; others count as capacity but are never touched. since: Unix seconds of its
+    order.
     """
 
     name: str
@@ -53,17 +55,23 @@ class Policy:
     max_add: int = 10  # machines in one order
     remove_window: float = 600.0  # a node goes only when none was wanted for so long
     boot_seconds: float = 1200.0  # a machine without a node after that is given up
+    silent_seconds: float = 180.0  # longer than a restart of Redis or of a node's cluster takes
     stock_out_backoff: float = 60.0  # after a failed order; doubles up to LONGEST_BACKOFF
 
     def __post_init__(self) -> None:
         _require(self.target_wait > 0, "target_wait", self.target_wait, "more than 0 seconds")
-        _require(0 <= self.min_nodes, "min_nodes", self.min_nodes, "0 or more")
+        _require(self.min_nodes >= 0, "min_nodes", self.min_nodes, "0 or more")
         _require(self.min_nodes <= self.max_nodes, "max_nodes", self.max_nodes, f"{self.min_nodes} or more")
         _require(self.job_seconds > 0, "job_seconds", self.job_seconds, "more than 0 seconds")
         _require(self.max_add > 0, "max_add", self.max_add, "1 or more")
         _require(self.price_per_hour >= 0, "price_per_hour", self.price_per_hour, "0 or more")
         if self.budget_per_hour is not None:
-            _require(self.price_per_hour > 0, "price_per_hour", self.price_per_hour, "a price, as there is a budget")
+            _require(
+                self.price_per_hour > 0,
+                "price_per_hour",
+                self.price_per_hour,
+                "a price, as there is a budget",
+            )
 
 
 def _require(holds: bool, name: str, got: object, expected: str) -> None:
@@ -87,11 +95,15 @@ class Memory:
     """What a decision must remember; stored in Redis, so a restarted scaler goes on where it was."""
 
     added_at: float | None = None  # the last order
-    wanted: tuple[tuple[float, int], ...] = ()  # (time, nodes wanted): falling peaks of the last remove_window
+    wanted: tuple[
+        tuple[float, int], ...
+    ] = ()  # (time, nodes wanted): falling peaks of the last remove_window
     failed_orders: int = 0  # in a row
     no_orders_until: float = 0.0
     orders: tuple[tuple[str, float], ...] = ()  # (name, time) of machines that have not served yet
     drains: tuple[tuple[str, float], ...] = ()  # (name, time) of machines told to drain
+    silent: tuple[tuple[str, float], ...] = ()  # (name, time) of machines whose node stopped reporting
+    served: tuple[str, ...] = ()  # machines whose node has been seen
 
 
 @dataclass(frozen=True)
@@ -117,11 +129,15 @@ def decide(policy: Policy, seen: Seen, memory: Memory) -> Decision:
     """What one model's pool should do now. Same arguments, same answer; nothing else is read or changed."""
     reasons: list[str] = []
     desired = _desired(policy, seen, reasons)
-    remove, failed = _ended(policy, seen, reasons)
+    silent = _silent_since(seen, memory)
+    remove, failed = _ended(policy, seen, silent, reasons)
     machines = tuple(machine for machine in seen.machines if machine.name not in remove)
     target, most = _limit(policy, machines, desired, reasons)
-    usable = [m for m in machines if m.state in (MachineState.STARTING, MachineState.SERVING)]
-    memory = _remember(policy, seen, memory, target, failed)
+    usable = [m for m in machines if not _leaving(m)]
+    memory = _remember(policy, seen, remove, replace(memory, silent=silent), target)
+    if failed:  # one pass, one step of back-off, however many machines did not come up
+        memory, text = order_failed(policy, memory, seen.now, "no node came")
+        reasons.append(text)
     add, drain = 0, ()  # type: tuple[int, tuple[str, ...]]
     if target > len(usable):
         add = _order(policy, seen.now, memory, machines, target - len(usable), reasons)
@@ -135,7 +151,7 @@ def decide(policy: Policy, seen: Seen, memory: Memory) -> Decision:
 
 
 def order_failed(policy: Policy, memory: Memory, now: float, why: str) -> tuple[Memory, str]:
-    """The memory after an order that brought no machine, and the reason to print: the next one waits longer."""
+    """The memory after an order that brought no machine, and why the next one waits longer."""
     pause = min(LONGEST_BACKOFF, policy.stock_out_backoff * 2.0 ** min(memory.failed_orders, 16))
     later = replace(memory, failed_orders=memory.failed_orders + 1, no_orders_until=now + pause)
     return later, f"order failed ({why}): the next one in {pause:.0f} s"
@@ -147,21 +163,32 @@ def _desired(policy: Policy, seen: Seen, reasons: list[str]) -> int:
     desired = nodes_for(jobs, seconds, policy.target_wait)
     kind = "measured" if seen.job_seconds else "assumed"
     reasons.append(
-        f"({seen.waiting} waiting + {seen.running} running) x {seconds:.1f} s ({kind}) / {policy.target_wait:.0f} s"
-        f" -> {desired} nodes"
+        f"({seen.waiting} waiting + {seen.running} running) x {seconds:.1f} s ({kind})"
+        f" / {policy.target_wait:.0f} s -> {desired} nodes"
     )
     return desired
 
 
-def _ended(policy: Policy, seen: Seen, reasons: list[str]) -> tuple[tuple[str, ...], int]:
+def _silent_since(seen: Seen, memory: Memory) -> tuple[tuple[str, float], ...]:
+    before = dict(memory.silent)
+    silent = [machine.name for machine in seen.machines if machine.state is MachineState.SILENT]
+    return tuple((name, before.get(name, seen.now)) for name in silent)
+
+
+def _ended(
+    policy: Policy, seen: Seen, silent: tuple[tuple[str, float], ...], reasons: list[str]
+) -> tuple[tuple[str, ...], int]:
     """Machines to take away now, and how many of them are orders that came to nothing."""
     remove: list[str] = []
     failed = 0
+    lost = {name for name, since in silent if seen.now - since > policy.silent_seconds}
     for machine in (m for m in seen.machines if m.managed):
         if machine.state is MachineState.DRAINED:
             reasons.append(f"{machine.name}: drained, remove it")
         elif machine.state is MachineState.GONE:
             reasons.append(f"{machine.name}: lost, clean up after it")
+        elif machine.name in lost:
+            reasons.append(f"{machine.name}: silent for {policy.silent_seconds:.0f} s, taken for lost")
         elif machine.state is MachineState.STARTING and seen.now - machine.since > policy.boot_seconds:
             reasons.append(f"{machine.name}: no node after {policy.boot_seconds:.0f} s, give it up")
             failed += 1
@@ -190,7 +217,8 @@ def _limit(
 
 
 def _affordable(policy: Policy, machines: tuple[Machine, ...]) -> int | None:
-    """How many nodes the budget allows: the free ones, the cheapest of today's, and new ones from what is left.
+    """How many nodes the budget allows: the free ones, the cheapest of today's, and new ones from what is
+    left.
 
     A draining machine costs until it is gone, so its money can't be spent twice.
     """
@@ -198,7 +226,9 @@ def _affordable(policy: Policy, machines: tuple[Machine, ...]) -> int | None:
         return None
     left = policy.budget_per_hour - sum(m.price for m in machines if m.managed and _leaving(m))
     count = 0
-    for machine in sorted((m for m in machines if not _leaving(m)), key=lambda m: m.price if m.managed else 0.0):
+    for machine in sorted(
+        (m for m in machines if not _leaving(m)), key=lambda m: m.price if m.managed else 0.0
+    ):
         price = machine.price if machine.managed else 0.0
         if price > left + 1e-9:
             return count
@@ -211,23 +241,36 @@ def _leaving(machine: Machine) -> bool:
     return machine.state in (MachineState.DRAINING, MachineState.DRAINED, MachineState.GONE)
 
 
-def _remember(policy: Policy, seen: Seen, memory: Memory, target: int, failed: int) -> Memory:
-    """Drop what no longer matters: wishes outside the window or below a later one, orders and drains that ended."""
+def _remember(policy: Policy, seen: Seen, remove: tuple[str, ...], memory: Memory, target: int) -> Memory:
+    """Drop what no longer matters: wishes outside the window or below a later one, and machines that are
+    gone.
+
+    Drains and silences stay until the machine is off the list: its removal may fail.
+    """
     cut = seen.now - policy.remove_window
     peaks = tuple((at, count) for at, count in memory.wanted if at > cut and count > target)
-    states = {machine.name: machine.state for machine in seen.machines}
-    orders = tuple((n, at) for n, at in memory.orders if states.get(n) is MachineState.STARTING)
-    drains = tuple((n, at) for n, at in memory.drains if n in states)
-    later = replace(memory, wanted=(*peaks, (seen.now, target)), orders=orders, drains=drains)
-    if any(states.get(n) is MachineState.SERVING for n, _ in memory.orders):
+    states = {machine.name: machine.state for machine in seen.machines if machine.managed}
+    serving = {name for name, state in states.items() if state is MachineState.SERVING}
+    starting = {name for name, state in states.items() if state is MachineState.STARTING} - set(remove)
+    later = replace(
+        memory,
+        wanted=(*peaks, (seen.now, target)),
+        orders=tuple((n, at) for n, at in memory.orders if n in starting),
+        drains=tuple((n, at) for n, at in memory.drains if n in states),
+        served=tuple(sorted(serving | (set(memory.served) & set(states)))),
+    )
+    if serving - set(memory.served):
         later = replace(later, failed_orders=0, no_orders_until=0.0)
-    for _ in range(min(failed, 1)):  # one pass, one step of back-off, however many machines did not come up
-        later, _text = order_failed(policy, later, seen.now, "no node")
     return later
 
 
 def _order(
-    policy: Policy, now: float, memory: Memory, machines: tuple[Machine, ...], missing: int, reasons: list[str]
+    policy: Policy,
+    now: float,
+    memory: Memory,
+    machines: tuple[Machine, ...],
+    missing: int,
+    reasons: list[str],
 ) -> int:
     if now < memory.no_orders_until:
         reasons.append(
@@ -241,7 +284,9 @@ def _order(
     room = policy.max_nodes - sum(machine.managed for machine in machines)
     count = max(0, min(missing, policy.max_add, room))
     if count < missing:
-        reasons.append(f"{missing} missing: order {count} (max_add {policy.max_add}, room for {max(0, room)})")
+        reasons.append(
+            f"{missing} missing: order {count} (max_add {policy.max_add}, room for {max(0, room)})"
+        )
     else:
         reasons.append(f"{missing} missing: order {count}")
     return count
@@ -261,7 +306,10 @@ def _surplus(
             else f"{len(usable)} nodes, {keep} wanted, but none of them is this scaler's"
         )
         return ()
-    # A machine that still starts loses nothing; then the idle; then those that cost the most; then the youngest.
-    order = sorted(own, key=lambda m: (m.state is MachineState.SERVING, m.busy, -m.price, -m.since, m.name))
+    # A machine that still starts loses nothing; then the idle; then those that cost the most; then the
+    # youngest.
+    order = sorted(
+        own, key=lambda m: (m.state is not MachineState.STARTING, m.busy, -m.price, -m.since, m.name)
+    )
     reasons.append(f"{len(usable)} nodes, {keep} wanted for {policy.remove_window:.0f} s: drain {count}")
     return tuple(machine.name for machine in order[:count])

@@ -1,0 +1,1 @@
+"""Clouds: SkyPilot, Kubernetes, and a simulated one; each file is one driver."""
