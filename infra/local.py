@@ -245,6 +245,8 @@ def running(config: LocalConfig, say: Say) -> Iterator[LocalStack]:
     """
     if config.nodes < 1:
         raise CliError(f"--nodes: got {config.nodes}, expected 1 or more")
+    if config.model is not None:
+        given_model(config.model)  # before anything is started
     lock = lock_data_dir(config.data_dir)
     try:
         state = StackState.load(config.data_dir)

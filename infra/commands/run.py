@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from infra.commands import fields
+from infra.errors import CliError
+from infra.models import given_model
 
 
 class Dtype(StrEnum):
@@ -35,23 +37,25 @@ def run(
     sample_solver: fields.SampleSolver = None,
 ) -> None:
     """Make a video in this process, or in all processes of a torchrun; no queue, no Redis, no S3."""
+    checkpoint = given_model(model)
+    wanted_size, guidance = fields.parse_size(size), fields.parse_guide_scale(guide_scale)
+    if image is not None and not image.is_file():
+        raise CliError(f"--image: {image} is no file")
     from engine.run import run as run_engine
 
-    from infra.models import given_model
-
     run_engine(
-        model=given_model(model),
+        model=checkpoint,
         prompt=prompt,
         image=image,
         out=out,
         dtype=dtype.value if dtype else None,
         save_latents=save_latents,
         negative_prompt=negative_prompt,
-        size=fields.parse_size(size),
+        size=wanted_size,
         frame_num=frame_num,
         shift=shift,
         sampling_steps=sampling_steps,
-        guide_scale=fields.parse_guide_scale(guide_scale),
+        guide_scale=guidance,
         seed=seed,
         sample_solver=sample_solver.value if sample_solver else None,
     )
@@ -62,11 +66,10 @@ def make_tiny(
     seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
 ) -> None:
     """Make a tiny random checkpoint in the full official layout, for tests and trials."""
-    from engine.tiny import make_tiny as make
-    from infra.errors import CliError
-
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CliError(f"{folder} exists and is not an empty folder: name another one")
+    from engine.tiny import make_tiny as make
+
     make(folder, seed=seed)
     typer.echo(str(folder))
 

@@ -1,0 +1,32 @@
+"""What holds for every test: no settings or proxies from the developer's shell, few threads, one seed."""
+
+import os
+import random
+
+import pytest
+from hypothesis import settings
+
+# Before torch is imported anywhere: tiny tensors are slower on many threads.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+for _name in list(os.environ):
+    if (_name.startswith("REEL_") and not _name.startswith("REEL_TEST_")) or _name.lower() in (
+        "http_proxy",
+        "https_proxy",
+        "all_proxy",
+    ):
+        del os.environ[_name]
+
+SEED = int(os.environ.get("REEL_TEST_SEED", "0")) or random.SystemRandom().randrange(1, 2**31)
+settings.register_profile("reel", deadline=None, print_blob=True)  # busy machines: no time limits per example
+settings.load_profile("reel")
+
+
+def pytest_report_header() -> str:
+    return f"seed {SEED}: repeat with REEL_TEST_SEED={SEED}"
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    """Random numbers of this run's seed, printed in the header and beside a failure."""
+    print(f"seed {SEED}: repeat with REEL_TEST_SEED={SEED}")
+    return random.Random(SEED)

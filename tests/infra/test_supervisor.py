@@ -1,0 +1,164 @@
+"""The supervisor heals parts and leaves no process behind, however it ends."""
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from infra.reaper import marked
+from infra.supervisor import Supervisor
+
+MARK = "REEL_TEST_MARK"
+
+
+class Supervised:
+    """A `tests.infra.supervised` process; everything below it carries a mark of this test's own."""
+
+    def __init__(self, folder: Path, case: str) -> None:
+        self.mark = f"{MARK}={secrets.token_hex(8)}"
+        name, value = self.mark.split("=")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.infra.supervised", str(folder), case],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, name: value},
+        )
+        assert self.process.stdout is not None
+        self.out = self.process.stdout
+
+    def line(self, start: str) -> str:
+        """The next line of its output that starts so."""
+        for line in self.out:
+            if line.startswith(start):
+                return line.strip()
+        raise AssertionError(
+            f"it ended (exit code {self.process.wait()}) without a line that starts {start!r}"
+        )
+
+    def gone(self, seconds: float = 20.0) -> bool:
+        """Whether every process with the mark ends within so many seconds."""
+        return until(lambda: not marked(self.mark), seconds)
+
+
+def until(done: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if done():
+            return True
+        time.sleep(0.05)
+    return done()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[str], Supervised]]:
+    made: list[Supervised] = []
+
+    def begin(case: str) -> Supervised:
+        made.append(Supervised(tmp_path, case))
+        return made[-1]
+
+    yield begin
+    for item in made:
+        item.process.kill()
+        item.out.close()
+        item.process.wait()
+        assert item.gone(), "the guardian left something"
+
+
+def test_a_killed_part_is_started_again(start: Callable[[str], Supervised]) -> None:
+    supervised = start("family")
+    pid = int(supervised.line("up ").split()[1])
+    os.kill(pid, signal.SIGKILL)
+    assert supervised.line("part-0 ended") == "part-0 ended (killed by SIGKILL): starting it again"
+    assert int(supervised.line("part-0 started again").rstrip(")").split()[-1]) != pid
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_stops_everything(number: signal.Signals, start: Callable[[str], Supervised]) -> None:
+    supervised = start("family")
+    supervised.line("up ")
+    assert len(marked(supervised.mark)) == 4  # itself, its guardian, child and grandchild
+    supervised.process.send_signal(number)
+    assert supervised.process.wait(20) == 0
+    assert marked(supervised.mark) == []
+
+
+def test_a_signal_during_the_start_stops_everything(start: Callable[[str], Supervised]) -> None:
+    supervised = start("family")
+    assert until(lambda: len(marked(supervised.mark)) > 1, 20)  # the guardian or the child is there
+    supervised.process.terminate()
+    assert supervised.process.wait(20) == 0
+    assert marked(supervised.mark) == []
+
+
+def test_a_part_that_ignores_sigterm_is_killed(start: Callable[[str], Supervised]) -> None:
+    supervised = start("deaf")
+    supervised.line("up ")
+    began = time.monotonic()
+    supervised.process.terminate()
+    assert supervised.process.wait(20) == 0
+    assert time.monotonic() - began < 10
+    assert marked(supervised.mark) == []
+
+
+def test_a_killed_supervisor_leaves_nothing(start: Callable[[str], Supervised]) -> None:
+    supervised = start("family")
+    supervised.line("up ")
+    supervised.process.kill()
+    supervised.process.wait()
+    assert supervised.gone()
+
+
+def test_a_part_that_cannot_start_ends_it_all_and_says_why(start: Callable[[str], Supervised]) -> None:
+    supervised = start("wrong")
+    line = supervised.line("error ")
+    assert "part-1 ended (exit code 1)" in line
+    assert supervised.out.read().strip() == "the model is missing"
+    assert supervised.process.wait(20) == 1
+    assert marked(supervised.mark) == []
+
+
+def test_a_part_that_fails_once_in_the_start_gets_another_chance(start: Callable[[str], Supervised]) -> None:
+    supervised = start("flaky")
+    assert supervised.line("part-0 started again")
+    assert supervised.line("up ")
+
+
+def test_two_stacks_never_share_a_data_dir(start: Callable[[str], Supervised]) -> None:
+    first = start("family")
+    first.line("up ")
+    second = start("family")
+    line = second.out.read() or ""
+    assert second.process.wait(30) == 1
+    assert "is in use by another stack" in line
+    assert f"(pid {first.process.pid})" in line
+
+
+def test_a_stack_can_start_where_another_was_killed(start: Callable[[str], Supervised]) -> None:
+    first = start("family")
+    first.line("up ")
+    first.process.kill()
+    second = start("family")
+    assert second.line("up ")
+    assert marked(first.mark) == [], "it must not start before the first one's processes are gone"
+
+
+def test_backoff_doubles_up_to_its_limit() -> None:
+    from infra.process import BACKOFF_FIRST, BACKOFF_MAX
+
+    delays = [min(BACKOFF_MAX, BACKOFF_FIRST * 2.0**failures) for failures in range(8)]
+    assert delays == sorted(delays)
+    assert delays[-1] == BACKOFF_MAX
+
+
+def test_importing_the_supervisor_changes_nothing() -> None:
+    """Signals and the subreaper are set when it is entered, not before."""
+    before = signal.getsignal(signal.SIGTERM)
+    Supervisor(0, print)
+    assert signal.getsignal(signal.SIGTERM) is before
