@@ -1,4 +1,4 @@
-"""The transformer's blocks on fused kernels: the same formulas as `engine.dit.Block`, fewer passes over memory.
+"""The blocks on fused kernels: the same formulas as `engine.dit.Block`, fewer passes over memory.
 
 What is fused: each branch's joining of the fp32 residual with the norm of the next branch (so the last
 branch of a block stays pending until the next block or the head); q, k and v in one product; RMSNorm, RoPE
@@ -12,6 +12,7 @@ K head dimension.
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import gemm
@@ -20,7 +21,7 @@ from kernels.qk_norm_rope import qk_norm_rope, rms_norm
 
 if TYPE_CHECKING:
     from engine.attention import Sequence
-    from engine.dit import Block, CrossAttention, SelfAttention, TextKV
+    from engine.dit import Block, CrossAttention, Head, SelfAttention, TextKV
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -42,7 +43,8 @@ def packed_qkv(attention: "SelfAttention") -> tuple[Tensor, Tensor]:
         layer.weight.data_ptr() != part.data_ptr()
         for layer, part in zip(layers, packed[0].chunk(3), strict=True)
     ):
-        with torch.no_grad():
+        # Never inference tensors, so that training can use the same model afterwards.
+        with torch.inference_mode(False), torch.no_grad():
             packed = (
                 torch.cat([layer.weight.detach() for layer in layers]),
                 torch.cat([layer.bias.detach() for layer in layers]),
@@ -84,20 +86,20 @@ class Stream:
 
     def __init__(self, x_BLD: Tensor) -> None:
         self.x_BLD = x_BLD
-        self._branch: Tensor | None = None
+        self.pending: Tensor | None = None
         self._gate: Tensor | None = None
 
     def add(self, y_BLD: Tensor, gate_BSD: Tensor | None) -> None:
         """x += y * gate, done when the stream is read next."""
-        assert self._branch is None, "a branch is still pending"
-        self._branch, self._gate = y_BLD, gate_BSD
+        assert self.pending is None, "a branch is still pending"
+        self.pending, self._gate = y_BLD, gate_BSD
 
     def read(self, norm: Norm, dtype: torch.dtype) -> Tensor:
         """The stream's normalised copy as `dtype`, after the pending branch joined it."""
-        if self._branch is None:
+        if self.pending is None:
             return normalize(self.x_BLD, norm, dtype)
-        self.x_BLD, y_BLD = add_normalize(self.x_BLD, self._branch, self._gate, norm, dtype)
-        self._branch = self._gate = None
+        self.x_BLD, y_BLD = add_normalize(self.x_BLD, self.pending, self._gate, norm, dtype)
+        self.pending = self._gate = None
         return y_BLD
 
 
@@ -124,6 +126,13 @@ def run_block(
     up, down = block.ffn[0], block.ffn[2]
     assert isinstance(up, nn.Linear)
     stream.add(_product(down, gemm.linear_gelu(y_BLD, up.weight, up.bias)), ffn_gate)
+
+
+def head(module: "Head", stream: Stream, time_BSD: Tensor, split: int) -> Tensor:
+    """The head's patches, [B, L, patch * C_out] fp32, from the stream."""
+    shift_BSD, scale_BSD = (module.modulation.float() + time_BSD[:, :, None]).permute(2, 0, 1, 3).unbind(0)
+    y_BLD = stream.read(Norm(shift_BSD, scale_BSD, module.eps, split), torch.float32)
+    return F.linear(y_BLD.to(module.head.weight.dtype), module.head.weight, module.head.bias)
 
 
 def run_blocks(

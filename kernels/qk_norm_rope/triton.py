@@ -16,7 +16,7 @@ from kernels.tables import setting
 DEFAULT = {"rows": 1, "warps": 4}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "length"])
 def _qk_kernel(
     x_ptr,
     weight_q_ptr,

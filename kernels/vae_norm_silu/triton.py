@@ -17,7 +17,7 @@ from kernels.tables import setting
 DEFAULT = {"block": 4096, "warps": 4}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "frames", "height", "width"])
 def _norm_silu_kernel(
     x_ptr,
     gamma_ptr,

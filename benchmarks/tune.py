@@ -1,0 +1,256 @@
+"""Makes a tuning table for this GPU: per op and shape the fastest of our settings and the library's.
+
+    python -m benchmarks.tune [--out kernels/tuned/NAME.json] [--quick]
+
+Candidates are ranked by bursts (the same power state for all); a candidate whose result is wrong is left
+out. For a product the table says which backend won and keeps both times, so a kernel of ours that loses
+stays out of the hot path and the table shows by how much.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks._measure import burst
+from kernels import gemm, tables
+from kernels.attention import BACKENDS, Choice, probe
+from kernels.gemm import reference
+from kernels.norm_modulate import Norm, add_normalize, normalize
+
+Call = Callable[[], Tensor]
+DIMS = {5120: 40, 3072: 24}  # width -> heads
+PRODUCTS = [(15360, 5120), (5120, 5120), (13824, 5120), (5120, 13824)]
+PRODUCTS_5B = [(9216, 3072), (3072, 3072), (14336, 3072), (3072, 14336)]
+ROWS = (9450, 4095, 18900, 37800, 75600)
+ROWS_5B = (3410, 27280)
+NORM_SETTINGS = [(1, 4), (1, 8), (1, 16), (2, 8), (2, 16)]  # rows, warps
+QK_SETTINGS = [(1, 4), (1, 8), (2, 4), (2, 8)]
+VAE_SETTINGS = [(2048, 4), (4096, 4), (8192, 8)]  # values a program, warps
+VAE_SHAPES = {
+    96: (4, 720, 1280),
+    192: (4, 360, 640),
+    384: (4, 180, 320),
+    256: (4, 352, 640),
+    512: (4, 176, 320),
+}
+SELF_ATTENTION: list[Choice] = [
+    ("flash4", {"tile_mn": [192, 128], "mma_pv_is_rs": False, "num_threads": 512}),
+    ("flash4", {}),
+    ("cudnn", {}),
+    ("flash2", {}),
+]
+CROSS_ATTENTION: list[Choice] = [("cudnn", {}), ("flash4", {}), ("flash2", {})]
+
+
+def randn(*shape: int) -> Tensor:
+    """Random normal values on the GPU; never zeros, which run faster."""
+    return torch.randn(*shape, device="cuda")
+
+
+def tiles() -> list[Any]:
+    """Tiles of our product that are tried."""
+    from kernels.gemm.triton import Tile
+
+    return [
+        Tile(128, 256, 64, stages=3, halves=False),
+        Tile(128, 256, 64, stages=4, halves=True),
+        Tile(256, 128, 64, stages=3, halves=False),
+        Tile(128, 128, 64, stages=4, warps=4, halves=False),
+    ]
+
+
+def force(op: str, key: str, entry: dict[str, Any]) -> None:
+    """Make the kernels of this process use `entry` for (op, key)."""
+    tables.load(torch.cuda.get_device_name()).setdefault(op, {})[key] = entry
+    tables._setting.cache_clear()
+
+
+def fastest(op: str, key: str, entries: list[dict[str, Any]], call: Call) -> dict[str, Any]:
+    """The entry with which `call` is fastest, with its time in milliseconds."""
+    timed = []
+    for entry in entries:
+        force(op, key, entry)
+        timed.append(entry | {"ms": round(burst(call), 4)})
+    best = min(timed, key=lambda entry: entry["ms"])
+    force(op, key, best)
+    print(f"{op} {key}: {best}  of {[t['ms'] for t in timed]}", file=sys.stderr, flush=True)
+    return best
+
+
+def norm_calls(rows: int = 9450) -> Iterable[tuple[str, str, list[dict[str, Any]], Call]]:
+    """(op, key, entries, call) of the memory-bound kernels of the transformer."""
+    from kernels.norm_modulate import triton as norm
+    from kernels.qk_norm_rope import triton as qk
+
+    for dim, heads in DIMS.items():
+        x, y, gate = randn(1, rows, dim), randn(1, rows, dim).bfloat16(), randn(1, 1, dim)
+        modulation = Norm(randn(1, 1, dim), randn(1, 1, dim), 1e-6)
+        entries = [{"rows": r, "warps": w} for r, w in NORM_SETTINGS]
+        yield (
+            "norm_modulate", f"{dim}", entries,
+            lambda x=x, y=y, g=gate, n=modulation: norm.add_normalize(x, y, g, n, torch.bfloat16)[1],
+        )  # fmt: skip
+        qkv, weight = randn(1, rows, 3 * dim).bfloat16(), randn(dim)
+        angle = randn(rows, 64)
+        rope = (angle.cos(), angle.sin())
+        entries = [{"rows": r, "warps": w} for r, w in QK_SETTINGS]
+        yield (
+            "qk_norm_rope", f"{dim}", entries,
+            lambda qkv=qkv, w=weight, rope=rope, h=heads: qk.qk_norm_rope(qkv, w, w, rope, h, 8, 1e-6)[0],
+        )  # fmt: skip
+        yield "rms_norm", f"{dim}", entries, lambda y=y, w=weight: qk.rms_norm(y, w, 1e-6)
+
+
+def vae_calls() -> Iterable[tuple[str, str, list[dict[str, Any]], Call]]:
+    """The same for the VAE's norm."""
+    from kernels.vae_norm_silu import triton as vae
+
+    for channels, (frames, height, width) in VAE_SHAPES.items():
+        x = randn(1, channels, frames, height, width).half().contiguous(memory_format=torch.channels_last_3d)
+        entries = [{"block": b, "warps": w} for b, w in VAE_SETTINGS]
+        gamma = randn(channels)
+        yield "vae_norm_silu", f"{channels}", entries, lambda x=x, g=gamma: vae.norm_silu(x, g)
+
+
+def product_call(epilogue: str, x: Tensor, weight: Tensor, bias: Tensor, tile: Any) -> Call:
+    """Our product (`tile`) or the library's (None)."""
+    from kernels.gemm import triton
+
+    n = weight.shape[0]
+    if epilogue == "gated":
+        # A norm follows in the model, so the rival is the library's product and the fused join with it.
+        residual, gate = randn(1, x.shape[1], n), randn(1, 1, n)
+        norm = Norm(randn(1, 1, n), randn(1, 1, n), 1e-6)
+        if tile is None:
+            return lambda: add_normalize(residual, reference.linear(x, weight, bias), gate, norm, x.dtype)[1]
+        return lambda: normalize(
+            triton.product(x, weight, bias, triton.GATED, tile, residual, gate), norm, x.dtype
+        )
+    if tile is None:
+        library = reference.library_gelu if epilogue == "gelu" else reference.linear
+        return lambda: library(x, weight, bias)
+    kind = triton.GELU if epilogue == "gelu" else triton.BIAS
+    return lambda: triton.product(x, weight, bias, kind, tile)
+
+
+def tune_product(epilogue: str, rows: int, n: int, k: int) -> dict[str, Any]:
+    """The table's entry of one product: the winner, and the times of the library and of our best tile."""
+    x, weight, bias = randn(1, rows, k).bfloat16(), (randn(n, k) / k**0.5).bfloat16(), randn(n).bfloat16()
+    library = product_call(epilogue, x, weight, bias, None)
+    want, library_ms = library().float(), burst(library)
+    ours: tuple[float, Any] | None = None
+    for tile in tiles()[:1] if epilogue == "gelu" else tiles()[1:2] if epilogue == "gated" else tiles():
+        if epilogue == "gated":
+            tile = type(tile)(**(asdict(tile) | {"stages": 3, "halves": True}))
+        call = product_call(epilogue, x, weight, bias, tile)
+        if epilogue != "gated" and not (call().float() - want).norm() < 1e-2 * want.norm():
+            print(f"wrong result: {epilogue} {rows}x{n}x{k} {tile}", file=sys.stderr)
+            continue
+        ms = burst(call)
+        ours = min(ours or (ms, tile), (ms, tile), key=lambda pair: pair[0])
+    times = {"library_ms": round(library_ms, 4)} | ({"ours_ms": round(ours[0], 4)} if ours else {})
+    print(f"product {epilogue} {rows}x{n}x{k}: {times} {ours and ours[1]}", file=sys.stderr, flush=True)
+    if ours and ours[0] < library_ms:
+        return {"backend": "triton", "tile": asdict(ours[1])} | times
+    return {"backend": "library"} | times
+
+
+def tune_products(quick: bool) -> dict[str, Any]:
+    """Entries by key for the shapes of both models."""
+    entries = {}
+    shapes = [(rows, n, k) for rows in ROWS for n, k in PRODUCTS]
+    shapes += [(rows, n, k) for rows in ROWS_5B for n, k in PRODUCTS_5B]
+    for rows, n, k in shapes[:4] if quick else shapes:
+        # The up-projection takes GELU, everything else a bias; the gated form competes for the down one.
+        kinds = ["gelu"] if n > k and n in (13824, 14336) else ["bias"]
+        kinds += ["gated"] if k in (13824, 14336) else []
+        for epilogue in kinds:
+            entries[gemm.table_key(epilogue, rows, n, k)] = tune_product(epilogue, rows, n, k)
+    return entries
+
+
+def tune_attention(quick: bool) -> dict[str, Any]:
+    """The fastest right backend for self- and cross-attention at head dimension 128."""
+    device, entries = torch.device("cuda"), {}
+    length = 9450 if quick else 75600
+    cases = {"self 128": (SELF_ATTENTION, length, length, 5), "cross 128": (CROSS_ATTENTION, 9450, 512, 40)}
+    for key, (choices, queries, keys, heads) in cases.items():
+        q, (k, v) = randn(1, queries, heads, 128).bfloat16(), randn(2, 1, keys, heads, 128).bfloat16()
+        timed = []
+        for name, options in choices:
+            try:
+                if not probe((name, options), torch.bfloat16, 128, device) < 1e-2:
+                    continue
+                backend = BACKENDS[name]
+                ms = burst(lambda b=backend, o=options, q=q, k=k, v=v: b(q, k, v, o), 200, 600)
+            except Exception as failure:  # a library that isn't there is no candidate
+                print(f"attention {key} {name}: {type(failure).__name__}: {failure}"[:200], file=sys.stderr)
+                continue
+            timed.append({"backend": name, "options": options, "ms": round(ms, 4)})
+            print(f"attention {key}: {timed[-1]}", file=sys.stderr, flush=True)
+        entries[key] = min(timed, key=lambda entry: entry["ms"]) | {
+            "others": {f"{t['backend']} {t['options'] or ''}".strip(): t["ms"] for t in timed}
+        }
+    return entries
+
+
+def compile_ahead(index: int) -> None:
+    """Compile one slice of all candidates into Triton's disk cache (run in parallel processes)."""
+    jobs: list[Callable[[], object]] = []
+    for op, key, entries, call in [*norm_calls(), *vae_calls()]:
+        jobs += [lambda o=op, k=key, e=entry, c=call: (force(o, k, e), c()) for entry in entries]
+    for rows, n, k in ((256, 512, 512), (256, 512, 256)):
+        x, weight, bias = randn(1, rows, k).bfloat16(), randn(n, k).bfloat16(), randn(n).bfloat16()
+        for epilogue in ("bias", "gelu"):
+            jobs += [product_call(epilogue, x, weight, bias, tile) for tile in tiles()]
+    for job in jobs[index :: os.cpu_count() or 1]:
+        job()
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, help="the table's file; default: beside the shipped ones")
+    parser.add_argument("--quick", action="store_true", help="a few products and a short sequence")
+    parser.add_argument("--only", nargs="*", default=[], help="operations to tune; others keep their entries")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks.tune needs a CUDA GPU; torch sees none")
+    device = torch.cuda.get_device_name()
+    out = arguments.out or tables.FOLDER / tables.file_name(device)
+    wanted = set(arguments.only) or {"norms", "vae", "gemm", "attention"}
+    ops = {op: dict(entries) for op, entries in tables.load(device).items()}
+    with torch.no_grad():
+        if wanted & {"norms", "vae", "gemm"}:
+            workers = os.cpu_count() or 1
+            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+                list(pool.map(compile_ahead, range(workers)))
+        calls = [*(norm_calls() if "norms" in wanted else ()), *(vae_calls() if "vae" in wanted else ())]
+        for op, key, entries, call in calls:
+            ops.setdefault(op, {})[key] = fastest(op, key, entries, call)
+        if "gemm" in wanted:
+            ops.setdefault("gemm", {}).update(tune_products(arguments.quick))
+        if "attention" in wanted:
+            ops.setdefault("attention", {}).update(tune_attention(arguments.quick))
+    table = {
+        "device": device,
+        "measured": f"{datetime.date.today()}, torch {torch.__version__}, bursts",
+        "ops": ops,
+    }
+    out.write_text(json.dumps(table, indent=1) + "\n")
+    print(out)
+
+
+if __name__ == "__main__":
+    main()
