@@ -98,8 +98,8 @@ def profile(step: Step) -> dict[str, float]:
     return parts
 
 
-def sustained(step: Step, seconds: float, settle: float = 3.0) -> Sustained:
-    """Run `step` for `settle` seconds untimed and then `seconds` timed, without a pause between.
+def sustained(step: Step, seconds: float) -> Sustained:
+    """Run `step` for up to 3 s untimed and then `seconds` timed, without a pause between.
 
     Repetitions are queued in batches of about 0.2 s, two batches ahead, so the GPU never waits for the host.
     """
@@ -109,7 +109,7 @@ def sustained(step: Step, seconds: float, settle: float = 3.0) -> Sustained:
         step()
     torch.cuda.synchronize()
     batch = max(1, int(0.2 / max((time.perf_counter() - begin) / 3, 1e-4)))
-    while time.perf_counter() - begin < settle:
+    while time.perf_counter() - begin < min(3.0, seconds):
         for _ in range(batch):
             step()
         torch.cuda.synchronize()
