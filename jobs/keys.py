@@ -127,7 +127,8 @@ class KeyStore:
         record = self._must(key_id)
         plain = _new_plain()
         with guard():
-            now = float(self.redis.execute_command("TIME")[0])
+            whole, micros = self.redis.execute_command("TIME")
+        now = int(whole) + int(micros) / 1e6
         fresh = record.model_copy(update={"hash": self._hash(plain)})
         self._save(fresh, {fresh.hash: 0.0, record.hash: now + overlap_seconds})
         return plain
@@ -188,7 +189,7 @@ class KeyStore:
             pipe = self.redis.pipeline(transaction=True)
             pipe.execute_command("HSET", RECORDS, record.id, record.model_dump_json())
             for digest, until in hashes.items():
-                pipe.execute_command("HSET", HASHES, digest, f"{record.id} {until:.0f}")
+                pipe.execute_command("HSET", HASHES, digest, f"{record.id} {until:.3f}")
             pipe.execute()
 
 

@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
 from jobs.errors import FieldProblem, InvalidRequest
 from jobs.job import GuidePair, ModelCard, VideoRequest
@@ -19,6 +19,18 @@ GOT_MAX = 80  # characters of a wrong value that an error repeats
 Number = Annotated[float, Field(strict=True)]
 
 
+def _unicode(text: str) -> str:
+    """JSON can carry half a surrogate pair, which is no character and can't be stored."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("text without lone surrogates") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
+
+
 class VideoRequestIn(BaseModel):
     """The video fields of a client's body; None (or absent) means the model's default.
 
@@ -27,12 +39,14 @@ class VideoRequestIn(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    prompt: Annotated[str, Field(description="What to show, 1 to 2000 characters.")]
-    negative_prompt: Annotated[str | None, Field(description="What to avoid; absent: the model's own.")] = (
+    prompt: Annotated[Text, Field(description="What to show, 1 to 2000 characters.")]
+    negative_prompt: Annotated[Text | None, Field(description="What to avoid; absent: the model's own.")] = (
         None
     )
-    model: Annotated[str | None, Field(description="A model's name; absent: the default model.")] = None
-    size: Annotated[str | None, Field(description="Width*height in pixels, one of the model's sizes.")] = None
+    model: Annotated[Text | None, Field(description="A model's name; absent: the default model.")] = None
+    size: Annotated[Text | None, Field(description="Width*height in pixels, one of the model's sizes.")] = (
+        None
+    )
     frame_num: Annotated[StrictInt | None, Field(description="Frames, 4n+1.")] = None
     shift: Annotated[Number | None, Field(description="Timestep shift, above 0.")] = None
     sampling_steps: Annotated[StrictInt | None, Field(description="Denoising steps.")] = None
@@ -41,8 +55,8 @@ class VideoRequestIn(BaseModel):
         Field(description="Guidance: one number, or [low-noise, high-noise]."),
     ] = None
     seed: Annotated[StrictInt | None, Field(description="0 to 2^63-1; absent: random, and recorded.")] = None
-    sample_solver: Annotated[str | None, Field(description="unipc or dpm++.")] = None
-    image: Annotated[str | None, Field(description="An uploaded image's key, to start from.")] = None
+    sample_solver: Annotated[Text | None, Field(description="unipc or dpm++.")] = None
+    image: Annotated[Text | None, Field(description="An uploaded image's key, to start from.")] = None
 
 
 def resolve(body: VideoRequestIn, card: ModelCard) -> VideoRequest:

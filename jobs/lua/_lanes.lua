@@ -15,10 +15,11 @@ local function place(model, level, key)
   local lane = level .. ':' .. key
   local head = redis.call('ZRANGE', lane_key(model, level, key), 0, 0, 'WITHSCORES')
   if not head[1] then
-    redis.call('ZREM', lanes, lane)
-    redis.call('ZREM', rising, lane)
-    if redis.call('EXISTS', lanes) == 0 then
-      redis.call('DEL', vtime) -- nobody waits: everybody starts even again, and the hash stays small
+    if redis.call('ZREM', lanes, lane) == 1 then
+      redis.call('ZREM', rising, lane)
+      if redis.call('EXISTS', lanes) == 0 then
+        redis.call('DEL', vtime) -- nobody waits: everybody starts even again, and the hash stays small
+      end
     end
     return
   end

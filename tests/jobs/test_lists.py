@@ -4,6 +4,7 @@ import pytest
 
 from jobs.errors import JobNotFound
 from jobs.job import Job, JobState
+from jobs.queries import SCAN
 from jobs.store import JobStore
 from tests.jobs.conftest import MakeStore
 from tests.support.jobs import new_job, result
@@ -74,7 +75,7 @@ def test_every_filter_and_combination(store: JobStore) -> None:
 def test_a_rare_match_is_found_behind_many_others(make_store: MakeStore) -> None:
     store = make_store(max_outstanding_per_key=2000)
     rare, _ = store.submit(new_job(model="rare"))
-    for _ in range(1100):
+    for _ in range(SCAN + 20):
         store.submit(new_job())
     jobs, cursor = store.list("*", model="rare")
     assert jobs == []

@@ -1,0 +1,151 @@
+"""When Redis is not there, has forgotten the scripts, or has too few replicas."""
+
+import time
+from collections.abc import Callable
+
+import pytest
+import redis as redis_py
+
+from jobs.client import connect, guard
+from jobs.errors import StoreUnavailable
+from jobs.events import read_events
+from jobs.job import JobState
+from jobs.outbox import Outbox
+from jobs.settings import Settings
+from jobs.store import JobStore
+from tests.support.jobs import new_job, result
+from tests.support.redis import redis_server
+
+CALLS: dict[str, Callable[[JobStore], object]] = {
+    "submit": lambda store: store.submit(new_job()),
+    "get": lambda store: store.get("job_x"),
+    "list": lambda store: store.list("key_a"),
+    "claim": lambda store: store.claim("tiny", "node"),
+    "heartbeat": lambda store: store.heartbeat("job_x", 1, phase="denoising", step=1, progress=0.5),
+    "finish": lambda store: store.finish("job_x", 1, result()),
+    "sweep": lambda store: store.sweep(),
+    "stats": lambda store: store.queue_stats(),
+    "dead": lambda store: store.dead(),
+    "wake": lambda store: store.wait_wake("tiny", 0.1),
+    "outbox": lambda store: Outbox(store.redis, store.settings).due(),
+    "events": lambda store: read_events(store.redis, "job_x"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_unreachable_redis_is_one_error(name: str) -> None:
+    settings = Settings(redis_url="redis://127.0.0.1:1/0", redis_timeout=0.2)
+    store = JobStore(connect(settings), settings)
+    with pytest.raises(StoreUnavailable, match="Redis cannot be reached"):
+        CALLS[name](store)
+
+
+def test_a_restart_loses_nothing_and_needs_no_new_client() -> None:
+    """Killed with its data in the append-only file; the scripts are gone and are loaded again."""
+    with redis_server("--appendonly", "yes", "--appendfsync", "always") as server:
+        settings = Settings(redis_url=server.url, redis_timeout=1)
+        store = JobStore(connect(settings), settings)
+        kept, _ = store.submit(new_job())
+        running, _ = store.submit(new_job())
+        claimed = store.claim("tiny", "node")
+        assert claimed is not None
+        server.stop()
+        with pytest.raises(StoreUnavailable):
+            store.submit(new_job())
+        server.start()
+        assert store.get(claimed.id) == claimed
+        assert store.finish(claimed.id, claimed.token, result()).state == JobState.SUCCEEDED
+        again = store.claim("tiny", "node")
+        assert again is not None
+        assert {claimed.id, again.id} == {kept.id, running.id}
+        store.redis.close()
+
+
+def test_scripts_forgotten_by_redis_are_loaded_again(store: JobStore) -> None:
+    store.submit(new_job())
+    store.redis.execute_command("SCRIPT FLUSH")
+    store.submit(new_job())
+    assert sum(row.waiting for row in store.queue_stats()) == 2
+
+
+def test_a_client_that_returns_bytes_is_refused() -> None:
+    with pytest.raises(ValueError, match="decode_responses=True"):
+        JobStore(redis_py.Redis(), Settings())
+
+
+def test_a_full_redis_refuses_and_nothing_is_half_written() -> None:
+    with redis_server() as server:
+        settings = Settings(redis_url=server.url)
+        client = connect(settings)
+        store = JobStore(client, settings)
+        store.submit(new_job())
+        used = client.execute_command("INFO", "memory")["used_memory"]
+        client.execute_command("CONFIG SET", "maxmemory", used - 1000)
+        before = sorted(client.execute_command("KEYS", "*"))
+        with pytest.raises(StoreUnavailable, match="refuses writes"):
+            store.submit(new_job())
+        assert sorted(client.execute_command("KEYS", "*")) == before
+        client.close()
+
+
+def test_a_replica_after_a_failover_is_unavailable_not_wrong() -> None:
+    with redis_server() as server:
+        settings = Settings(redis_url=server.url, redis_timeout=1)
+        client = connect(settings)
+        store = JobStore(client, settings)
+        store.submit(new_job())
+        client.execute_command("REPLICAOF", "127.0.0.1", "1")
+        with pytest.raises(StoreUnavailable):
+            store.submit(new_job())
+        client.close()
+
+
+def test_waiting_for_replicas() -> None:
+    """A submit that too few replicas hold is not accepted; the same call may be made again."""
+    with redis_server() as server:
+        settings = Settings(redis_url=server.url, redis_wait_replicas=1, redis_wait_ms=100)
+        store = JobStore(connect(settings), settings)
+        new = new_job()
+        with pytest.raises(StoreUnavailable, match="0 of 1 replicas confirmed"):
+            store.submit(new)
+        with redis_server() as other:
+            # replication needs a port: give the primary one
+            store.redis.execute_command("CONFIG SET", "bind", "127.0.0.1")
+            port = _open_port(store)
+            replica = redis_py.Redis.from_url(other.url)
+            replica.execute_command("REPLICAOF", "127.0.0.1", port)
+            end = time.monotonic() + 15
+            while True:
+                try:
+                    job, created = store.submit(new)
+                    break
+                except StoreUnavailable:
+                    assert time.monotonic() < end
+            assert created
+            assert replica.exists(f"reel:job:{job.id}")
+            replica.close()
+        store.redis.close()
+
+
+def _open_port(store: JobStore) -> int:
+    import socket
+
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = int(one.getsockname()[1])
+    store.redis.execute_command("CONFIG SET", "port", port)
+    return port
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ["MISCONF Redis is configured to save", "NOREPLICAS Not enough good replicas", "BUSY Redis is busy"],
+)
+def test_not_now_replies_may_be_tried_again(reply: str) -> None:
+    with pytest.raises(StoreUnavailable), guard():
+        raise redis_py.exceptions.ResponseError(reply)
+
+
+def test_other_replies_are_bugs_and_pass() -> None:
+    with pytest.raises(redis_py.exceptions.ResponseError), guard():
+        raise redis_py.exceptions.ResponseError("WRONGTYPE Operation against a key")
