@@ -59,6 +59,7 @@ class RankGroup:
         ]
         self.leader = self._ranks[0]
         try:
+            ray.get([rank.ready.remote() for rank in self._ranks])  # imports differ by seconds; meeting must not
             loaded: list[Loaded] = ray.get([rank.load.remote(rendezvous) for rank in self._ranks])
         except RayTaskError as error:
             if isinstance(error.cause, BadModel):

@@ -22,6 +22,9 @@ class RankActor:
 
         self._rank = Rank(plan, index)
 
+    def ready(self) -> None:
+        """Answer when the process is up."""
+
     def load(self, rendezvous: Path) -> Loaded:
         """See Rank.load."""
         return self._rank.load(rendezvous)
