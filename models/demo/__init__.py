@@ -1,0 +1,1 @@
+"""The demo model: Wan 2.2 in miniature, trained on a synthetic world."""
