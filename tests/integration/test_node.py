@@ -25,7 +25,7 @@ from tests.support.proxy import Proxy
 from tests.support.redis import redis_server
 from tests.support.s3 import s3_server
 
-SLOW = {"size": "128*96", "frame_num": 41, "sampling_steps": 150}  # some seconds of small steps
+SLOW = {"size": "96*64", "frame_num": 17, "sampling_steps": 250}  # some seconds of small steps
 pytestmark = pytest.mark.timeout(150)
 
 
@@ -157,11 +157,14 @@ def test_a_request_that_the_model_refuses_fails_once_and_leaves_the_ranks_alone(
 
 
 def test_a_job_of_a_newer_schema_is_left_alone(world: World, node: NodeProcess) -> None:
-    world.s3.up = True
+    busy = world.submit(**SLOW)
+    world.at_step(busy, 1)  # so that the next one waits
     newer = world.submit()
-    # Submitted and raised in one go would be a race with the node, so: delete its entry's claim by raising first.
-    job = world.ended(newer)
-    assert job.state is JobState.SUCCEEDED
+    world.store.redis.execute_command("HSET", f"reel:job:{newer}", "schema", "99")
+    assert world.ended(world.submit()).state is JobState.SUCCEEDED
+    assert world.store.get(newer).state is JobState.QUEUED
+    world.store.redis.execute_command("HSET", f"reel:job:{newer}", "schema", "1")  # now it is ours
+    assert world.ended(newer).state is JobState.SUCCEEDED
 
 
 def test_a_killed_rank_costs_an_attempt_and_changes_no_pixel(world: World, node: NodeProcess) -> None:
@@ -215,22 +218,22 @@ def test_a_stopped_rank_is_taken_for_hung(world: World, node: NodeProcess) -> No
     assert (job.state, job.attempts) == (JobState.SUCCEEDED, 1)
 
 
-@pytest.mark.parametrize("victim", ["raylet/raylet", "RuntimeEnvAgent"])
-def test_a_dead_part_of_ray_rebuilds_the_cluster(world: World, node: NodeProcess, victim: str) -> None:
+def test_a_dead_agent_rebuilds_the_cluster(world: World, node: NodeProcess) -> None:
+    """The raylet ends by itself when one of its agents does, so this is both."""
     job_id = world.submit(**SLOW)
     world.at_step(job_id, 5)
     old = set(node.family())
     killed_at = time.monotonic()
-    node.kill(victim)
+    node.kill("RuntimeEnvAgent")
     job = world.ended(job_id, 120)
-    print(f"{victim} killed: the job's end came {time.monotonic() - killed_at:.1f} s later")
+    print(f"agent killed: the job's end came {time.monotonic() - killed_at:.1f} s later")
     assert job.state is JobState.SUCCEEDED, job.error
     assert not old & set(node.family()), "nothing of the old cluster lives on"
 
 
 def test_drain_gives_back_and_leaves_no_process(world: World, node: NodeProcess) -> None:
     until(lambda: [n for n in world.registry.list() if n.state == "idle"], 60, "the node")
-    job_id = world.submit(**{**SLOW, "sampling_steps": 900})
+    job_id = world.submit(**{**SLOW, "sampling_steps": 1000})
     world.at_step(job_id, 5)
     node.family()
     node.process.send_signal(signal.SIGTERM)
