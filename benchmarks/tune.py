@@ -46,6 +46,7 @@ VAE_SHAPES = {
 }
 SELF_ATTENTION: list[Choice] = [
     ("flash4", {"tile_mn": [192, 128], "mma_pv_is_rs": False, "num_threads": 512}),
+    ("flash4", {"tile_mn": [192, 112], "mma_pv_is_rs": False, "num_threads": 512}),
     ("flash4", {}),
     ("cudnn", {}),
     ("flash2", {}),
@@ -161,7 +162,7 @@ def tune_product(epilogue: str, rows: int, n: int, k: int) -> dict[str, Any]:
         ours = min(ours or (ms, tile), (ms, tile), key=lambda pair: pair[0])
     times = {"library_ms": round(library_ms, 4)} | ({"ours_ms": round(ours[0], 4)} if ours else {})
     print(f"product {epilogue} {rows}x{n}x{k}: {times} {ours and ours[1]}", file=sys.stderr, flush=True)
-    if ours and ours[0] < library_ms:
+    if ours and ours[0] < 0.98 * library_ms:  # bursts differ by 1 to 2 % from run to run
         return {"backend": "triton", "tile": asdict(ours[1])} | times
     return {"backend": "library"} | times
 
