@@ -1,0 +1,2 @@
+"""A discrete-event simulation of fleets: the real scaler and the real queue scripts, under a virtual clock.
+"""
