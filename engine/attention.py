@@ -36,6 +36,8 @@ class Sequence(Protocol):
     `length` is always the real number of tokens of the whole sequence, without padding.
     """
 
+    ranks: int  # over which the tokens are spread
+
     def shard(self, x: Tensor, dim: int) -> Tensor:
         """This rank's part of a whole sequence along `dim`, zero-padded at the end to equal parts."""
         ...
@@ -52,6 +54,13 @@ class Sequence(Protocol):
         """Attention of this rank's queries over the keys of all ranks; padding is never a key."""
         ...
 
+    def attend_by_rank(self, q_RBLGK: Tensor, k_RBLGK: Tensor, v_RBLGK: Tensor, length: int) -> Tensor:
+        """`self_attention` of inputs whose heads are grouped by the rank that attends them: [B, L, H * K].
+
+        R ranks, G = H / R heads each: the layout in which an all-to-all sends.
+        """
+        ...
+
     def cross_attention(self, q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> Tensor:
         """Attention of this rank's queries over keys that every rank holds."""
         ...
@@ -59,6 +68,8 @@ class Sequence(Protocol):
 
 class WholeSequence:
     """One rank holds every token."""
+
+    ranks = 1
 
     def __init__(self, attend: Attend = sdpa, cross_attend: Attend | None = None) -> None:
         self.attend = attend
@@ -79,6 +90,10 @@ class WholeSequence:
     def self_attention(self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, length: int) -> Tensor:
         """Plain attention."""
         return self.attend(q_BLHK, k_BLHK, v_BLHK)
+
+    def attend_by_rank(self, q_RBLGK: Tensor, k_RBLGK: Tensor, v_RBLGK: Tensor, length: int) -> Tensor:
+        """Plain attention of the one rank's heads."""
+        return self.attend(q_RBLGK[0], k_RBLGK[0], v_RBLGK[0]).flatten(2)
 
     def cross_attention(self, q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> Tensor:
         """Plain attention over the text."""

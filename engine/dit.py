@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine import ops
+from engine import fused, ops
 from engine.attention import Sequence, WholeSequence
 from engine.config import DiTConfig
 from engine.rope import rope_table
@@ -197,10 +197,14 @@ class DiT(nn.Module):
 
         x_BLD = self.embed_patches(sequence.shard(self.patchify(latents_BCFHW), 1))
         time_BSD, e_BS6D = self.embed_time(timesteps_BS)
-        for block, text_kv in zip(self.blocks, text, strict=True):
-            x_BLD = block(x_BLD, e_BS6D, split, rope, text_kv, sequence, length)
-        with torch.autocast(x_BLD.device.type, enabled=False):
-            patches_BLP = self.head(x_BLD, time_BSD, split)
+        if fused.applies(self._blocks()[0].self_attn.o.weight):
+            stream = fused.run_blocks(self._blocks(), x_BLD, e_BS6D, split, rope, text, sequence, length)
+            patches_BLP = fused.head(self.head, stream, time_BSD, split)
+        else:
+            for block, text_kv in zip(self.blocks, text, strict=True):
+                x_BLD = block(x_BLD, e_BS6D, split, rope, text_kv, sequence, length)
+            with torch.autocast(x_BLD.device.type, enabled=False):
+                patches_BLP = self.head(x_BLD, time_BSD, split)
         return self.unpatchify(sequence.gather(patches_BLP, 1, length), grid)
 
     def encode_text(self, text_BTE: Tensor) -> TextKV:

@@ -24,14 +24,14 @@ class UlyssesSequence:
         self, group: dist.ProcessGroup, attend: Attend = sdpa, cross_attend: Attend | None = None
     ) -> None:
         self.group = group
-        self.size = dist.get_world_size(group)
+        self.ranks = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
         self.attend = attend
         self.cross_attend = cross_attend or attend
 
     def part(self, length: int) -> int:
         """Tokens a rank, padding included."""
-        return -(-length // self.size)
+        return -(-length // self.ranks)
 
     def shard(self, x: Tensor, dim: int) -> Tensor:
         """This rank's part along `dim`, zero-padded at the end."""
@@ -52,7 +52,13 @@ class UlyssesSequence:
 
     def self_attention(self, q_BlHK: Tensor, k_BlHK: Tensor, v_BlHK: Tensor, length: int) -> Tensor:
         """This rank's tokens' attention over all tokens, [B, l, H, K]."""
-        q_BLhK, k_BLhK, v_BLhK = self._tokens_for_heads(torch.stack((q_BlHK, k_BlHK, v_BlHK))).unbind(0)
+        by_rank = torch.unflatten(torch.stack((q_BlHK, k_BlHK, v_BlHK)), 3, (self.ranks, -1)).movedim(3, 1)
+        q_uBlhK, k_uBlhK, v_uBlhK = by_rank.unbind(0)
+        return self.attend_by_rank(q_uBlhK, k_uBlhK, v_uBlhK, length).view(q_BlHK.shape)
+
+    def attend_by_rank(self, q_uBlhK: Tensor, k_uBlhK: Tensor, v_uBlhK: Tensor, length: int) -> Tensor:
+        """The same, [B, l, H * K], from heads grouped by the rank that attends them."""
+        q_BLhK, k_BLhK, v_BLhK = (self._tokens_for_heads(x) for x in (q_uBlhK, k_uBlhK, v_uBlhK))
         o_BLhK = self.attend(q_BLhK, k_BLhK[:, :length], v_BLhK[:, :length])
         return self._heads_for_tokens(o_BLhK)
 
@@ -60,14 +66,11 @@ class UlyssesSequence:
         """Plain attention: every rank holds the whole text."""
         return self.cross_attend(q_BLHK, k_BTHK, v_BTHK)
 
-    def _tokens_for_heads(self, x_3BlHK: Tensor) -> Tensor:
-        """[3, B, l, H, K] -> [3, B, L, h, K]: give away the other ranks' heads, receive their tokens."""
-        sent = torch.unflatten(x_3BlHK, 3, (self.size, -1)).movedim(3, 0)  # [u to, 3, B, l, h, K]
-        received = all_to_all(sent, self.group)  # [u from, 3, B, l, h, K]
-        return received.movedim(0, 2).flatten(2, 3)
+    def _tokens_for_heads(self, sent_uBlhK: Tensor) -> Tensor:
+        """[B, L, h, K]: give away the other ranks' heads, receive their tokens."""
+        return all_to_all(sent_uBlhK, self.group).movedim(0, 1).flatten(1, 2)
 
     def _heads_for_tokens(self, o_BLhK: Tensor) -> Tensor:
-        """[B, L, h, K] -> [B, l, H, K]: the way back."""
-        sent = torch.unflatten(o_BLhK, 1, (self.size, -1)).movedim(1, 0)  # [u to, B, l, h, K]
-        received = all_to_all(sent, self.group)  # [u heads from, B, l, h, K]
-        return received.movedim(0, 2).flatten(2, 3)
+        """[B, l, H * K]: the way back."""
+        sent_uBlhK = torch.unflatten(o_BLhK, 1, (self.ranks, -1)).movedim(1, 0)
+        return all_to_all(sent_uBlhK, self.group).permute(1, 2, 0, 3, 4).flatten(2)
