@@ -113,6 +113,13 @@ class Guardian:
             pass_fds=(lock_fd,),
         )
 
+    def watch(self, pid: int) -> None:
+        """Name a direct child, which it shall kill even if the child has overwritten its environment."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.write(f"{pid}\n".encode())
+            self._process.stdin.flush()
+
     @property
     def pid(self) -> int:
         """Its process id, to be spared by the stack's own sweep."""

@@ -86,8 +86,10 @@ def lock_data_dir(data_dir: Path, seconds: float = 15.0) -> int:
 
 
 def _alive(pid: str) -> bool:
+    """Whether the lock's owner runs; if it does not, its guardian keeps the lock for a moment more."""
+    import psutil
+
     try:
-        os.kill(int(pid), 0)
-    except (ValueError, OSError):
+        return psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE
+    except (ValueError, psutil.Error):
         return False
-    return True

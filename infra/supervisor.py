@@ -68,7 +68,7 @@ class Supervisor:
     def add(self, spec: PartSpec) -> Part:
         """Start a part and look after it from now on."""
         part = Part(spec)
-        part.start()
+        self._start(part)
         self.parts.append(part)
         return part
 
@@ -77,7 +77,7 @@ class Supervisor:
         part = Part(spec)
         self._chores.append(part)
         try:
-            part.start()
+            self._start(part)
             self.wait_for(part.stopped, seconds, spec.name, part)
             if status := part.died():
                 raise CliError(f"{spec.name} failed ({describe_exit(status)}):\n{part.log_tail()}")
@@ -113,12 +113,22 @@ class Supervisor:
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         self._signals.append(number)
 
+    def _start(self, part: Part) -> None:
+        part.start()
+        self._watch(part)
+
+    def _watch(self, part: Part) -> None:
+        assert self._guardian is not None
+        assert part.pid is not None
+        self._guardian.watch(part.pid)
+
     def _heal(self) -> None:
         for part in self.parts:
             status = part.died()
             if status is not None:
                 self._after_death(part, status)
             elif part.restart_if_due():
+                self._watch(part)
                 self._say(f"{part.spec.name} started again (pid {part.pid})")
         assert self._guardian is not None
         children = [part.pid for part in (*self.parts, *self._chores)]

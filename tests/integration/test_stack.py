@@ -1,0 +1,215 @@
+"""The whole slice through `reel up`: REST, Redis, Ray, engine, S3, signed webhook; and its ways to end.
+
+Two stacks run side by side through the whole module, since a start costs more than anything else here.
+"""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from engine.tiny import make_tiny
+from engine.video import decode_video
+from infra.client import ReelClient
+from infra.receiver import Receiver
+from tests.integration.stack import Stack, until
+
+pytestmark = pytest.mark.timeout(420)
+PROMPT = "a red ball bounces over a wooden floor, close up"
+LONG = {"prompt": PROMPT, "size": "128*96", "frame_num": 81, "sampling_steps": 100, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def stacks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Stack, Stack]]:
+    """Two, started at the same time."""
+    folder = tmp_path_factory.mktemp("stacks")
+    pair = Stack(folder / "first", model), Stack(folder / "second", model)
+    try:
+        yield pair[0].wait_ready(), pair[1].wait_ready()
+    finally:
+        for stack in pair:
+            stack.close()
+
+
+@contextlib.contextmanager
+def receiver_for(stack: Stack) -> Iterator[tuple[str, io.StringIO]]:
+    """A webhook receiver with the stack's secret: its URL, and what it prints."""
+    printed = io.StringIO()
+    with Receiver("127.0.0.1", 0, stack.webhook_secret, printed) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}/hook", printed
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def finish(client: ReelClient, job_id: str, seconds: float = 150.0) -> dict[str, Any]:
+    """The job when it has ended."""
+    deadline = time.monotonic() + seconds
+    for job in client.follow(job_id, poll_seconds=0.2):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"job still {job['state']} after {seconds} s: {job}")
+    return job
+
+
+def lines(printed: io.StringIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in printed.getvalue().splitlines()]
+
+
+def test_a_prompt_becomes_a_video_and_a_signed_webhook(stacks: tuple[Stack, Stack], tmp_path: Path) -> None:
+    stack = stacks[0]
+    body = {"prompt": PROMPT, "size": "96*64", "frame_num": 5, "sampling_steps": 3, "seed": 11}
+    with stack.client() as client, receiver_for(stack) as (url, printed):
+        job = client.submit({**body, "callback_url": url, "webhook_events": ["job.started", "job.succeeded"]})
+        assert job["state"] in ("queued", "running")
+        job = finish(client, job["id"])
+        assert job["state"] == "succeeded", job
+        assert (job["progress"], job["attempts"], job["error"]) == (1.0, 0, None)
+
+        assert until(lambda: len(lines(printed)) >= 2, 30), printed.getvalue()
+        started, succeeded = lines(printed)
+        assert [started["type"], succeeded["type"]] == ["job.started", "job.succeeded"]
+        assert started["verified"] is succeeded["verified"] is True
+        assert (succeeded["data"]["id"], succeeded["data"]["state"]) == (job["id"], "succeeded")
+
+        signed = client.signed_url(job["id"])
+        client.download(signed, tmp_path / "video.mp4")
+    info, frames = decode_video(tmp_path / "video.mp4")
+    assert (info.frames, info.width, info.height, info.fps) == (5, 96, 64, 8.0)
+    assert frames.std() > 1, "the pictures are empty"
+
+    whole = (tmp_path / "video.mp4").read_bytes()
+    assert job["result"]["bytes"] == len(whole)
+    assert whole.find(b"moov") < whole.find(b"mdat"), "it can't be played before it is whole"
+    part = httpx.get(signed, headers={"Range": "bytes=100-199"})
+    assert (part.status_code, part.content) == (206, whole[100:200])
+    assert part.headers["content-range"] == f"bytes 100-199/{len(whole)}"
+    assert part.headers["content-type"] == "video/mp4"
+    changed = signed.replace("video.mp4", "poster.jpg")
+    assert httpx.get(changed).status_code == 403, "the signature holds for one object only"
+
+
+def test_two_stacks_share_nothing(stacks: tuple[Stack, Stack]) -> None:
+    first, second = stacks
+    assert first.url != second.url
+    assert first.api_key != second.api_key
+    assert (
+        httpx.get(f"{second.url}/v1/jobs", headers={"Authorization": f"Bearer {first.api_key}"}).status_code
+        == 401
+    )
+    with second.client() as client:
+        job = client.submit({"prompt": PROMPT, "frame_num": 5, "sampling_steps": 2})
+        assert finish(client, job["id"])["state"] == "succeeded"
+    with first.client() as client:
+        ids = [item["id"] for item in client.call("GET", "/v1/jobs")["data"]]
+        assert job["id"] not in ids
+
+
+def test_the_same_seed_gives_the_same_video_on_both(stacks: tuple[Stack, Stack]) -> None:
+    sums = []
+    for stack in stacks:
+        with stack.client() as client:
+            job = client.submit({"prompt": PROMPT, "frame_num": 5, "sampling_steps": 2, "seed": 3})
+            sums.append(finish(client, job["id"])["result"]["sha256"])
+    assert sums[0] == sums[1]
+
+
+@pytest.mark.parametrize("part", ["api", "celery-worker", "redis", "weed"])
+def test_a_killed_part_comes_back_and_the_next_job_works(part: str, stacks: tuple[Stack, Stack]) -> None:
+    stack = stacks[0]
+    pid = stack.pid_of(part)
+    os.kill(pid, signal.SIGKILL)
+    again = f"reel: {part} started again"
+    seen = stack.said.read_text().count(again)
+    assert until(lambda: stack.said.read_text().count(again) > seen, 30)
+    assert stack.pid_of(part) != pid
+    ready = f"{stack.url}/readyz"
+    assert until(lambda: _answers(ready), 60)
+    with stack.client() as client, receiver_for(stack) as (url, printed):
+        job = client.submit({"prompt": PROMPT, "frame_num": 5, "sampling_steps": 2, "callback_url": url})
+        assert finish(client, job["id"])["state"] == "succeeded"
+        assert until(lambda: len(lines(printed)) == 1, 60)
+        assert lines(printed)[0]["verified"]
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def test_ctrl_c_gives_a_running_job_back_and_the_same_stack_finishes_it(
+    stacks: tuple[Stack, Stack], model: Path
+) -> None:
+    stack = stacks[1]
+    with stack.client() as client:
+        job = client.submit(LONG)
+        assert until(lambda: client.job(job["id"])["phase"] == "denoising", 60)
+    assert stack.interrupt() == 0
+    assert stack.processes() == []
+
+    again = Stack(stack.data, model)
+    try:
+        again.wait_ready()
+        assert (again.url, again.api_key, again.webhook_secret) == (
+            stack.url,
+            stack.api_key,
+            stack.webhook_secret,
+        )
+        with again.client() as client:
+            done = finish(client, job["id"])
+            assert (done["state"], done["attempts"]) == ("succeeded", 0), (
+                "given back, so no attempt was charged"
+            )
+    finally:
+        again.close()
+    assert again.processes() == []
+
+
+def test_a_killed_supervisor_leaves_no_process(stacks: tuple[Stack, Stack]) -> None:
+    stack = stacks[0]
+    with stack.client() as client:
+        client.submit(LONG)
+    assert len(stack.processes()) > 8
+    stack.process.kill()
+    stack.process.wait()
+    assert until(lambda: not stack.processes(), 20), stack.processes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_during_the_start_leaves_no_process(
+    number: signal.Signals, model: Path, tmp_path: Path
+) -> None:
+    """At several moments: before anything runs, while the stores start, while Ray starts."""
+    moments = (0.1, 1.0, 3.0, 8.0)
+    started = [Stack(tmp_path / f"stack-{index}", model) for index in range(len(moments))]
+    began = time.monotonic()
+    try:
+        for moment, stack in zip(moments, started, strict=True):
+            time.sleep(max(0.0, began + moment - time.monotonic()))
+            stack.process.send_signal(number)
+        for stack in started:
+            # 130, or the signal itself when it came before Python could handle it
+            assert stack.process.wait(60) in (130, -number), stack.said.read_text()
+            assert stack.processes() == []
+            assert "Traceback" not in stack.said.read_text()
+    finally:
+        for stack in started:
+            stack.close()
