@@ -25,7 +25,7 @@ from tests.integration.stack import Stack, until
 
 pytestmark = pytest.mark.timeout(420)
 PROMPT = "a red ball bounces over a wooden floor, close up"
-LONG = {"prompt": PROMPT, "size": "128*96", "frame_num": 81, "sampling_steps": 100, "seed": 1}
+LONG = {"prompt": PROMPT, "size": "96*64", "frame_num": 33, "sampling_steps": 100, "seed": 1}
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_ctrl_c_during_the_start_leaves_no_process(
     number: signal.Signals, model: Path, tmp_path: Path
 ) -> None:
     """At several moments: before anything runs, while the stores start, while Ray starts."""
-    moments = (0.1, 1.0, 3.0, 8.0)
+    moments = (0.1, 1.0, 5.0, 10.0)
     started = [Stack(tmp_path / f"stack-{index}", model) for index in range(len(moments))]
     began = time.monotonic()
     try:
@@ -206,9 +206,10 @@ def test_ctrl_c_during_the_start_leaves_no_process(
             time.sleep(max(0.0, began + moment - time.monotonic()))
             stack.process.send_signal(number)
         for stack in started:
-            # 130, or the signal itself when it came before Python could handle it
-            assert stack.process.wait(60) in (130, -number), stack.said.read_text()
+            stack.process.wait(60)
             assert stack.processes() == []
+        for stack in started[2:]:  # the earlier ones may have come before Python itself was up
+            assert stack.process.returncode == 130, stack.said.read_text()
             assert "Traceback" not in stack.said.read_text()
     finally:
         for stack in started:
