@@ -46,7 +46,8 @@ VAE_SHAPES = {
 }
 SELF_ATTENTION: list[Choice] = [
     ("flash4", {"tile_mn": [192, 128], "mma_pv_is_rs": False, "num_threads": 512}),
-    ("flash4", {"tile_mn": [192, 112], "mma_pv_is_rs": False, "num_threads": 512}),
+    ("flash4", {"tile_mn": [192, 128], "mma_pv_is_rs": False, "num_threads": 512, "lazy_rescale": True}),
+    ("flash4", {"lazy_rescale": True}),
     ("flash4", {}),
     ("cudnn", {}),
     ("flash2", {}),

@@ -3,6 +3,7 @@
 Shapes: B batch, L query tokens, T key tokens, H heads, K head dimension.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -36,10 +37,18 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
 
 
 def flash4(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-    """flash-attn-4 (Hopper, Blackwell), with the tile that the tuning table names, else its own."""
+    """flash-attn-4 (Hopper, Blackwell), with the tile that the tuning table names, else its own.
+
+    The option `lazy_rescale` leaves out products by 1 (`kernels.attention.flash4_rescale`).
+    """
     from flash_attn.cute.interface import _flash_attn_fwd
 
     extra = dict(options)
+    lazy = extra.pop("lazy_rescale", False)
+    if lazy or "kernels.attention.flash4_rescale" in sys.modules:
+        from kernels.attention import flash4_rescale
+
+        flash4_rescale.use(lazy)
     if "tile_mn" in extra:
         extra["tile_mn"] = tuple(extra["tile_mn"])
     out: Tensor = _flash_attn_fwd(q, k, v, **extra)[0]
