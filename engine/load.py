@@ -17,7 +17,7 @@ from engine.layout import Layout, Part, find_layout
 from engine.parallel.mesh import Mesh
 from engine.pipeline import Pipeline
 from engine.specs import Facts, find_facts, make_spec
-from engine.text_encoder import TextEncoder, config_from_shapes, load_tokenizer
+from engine.text_encoder import TextEncoder, config_from_shapes, load_tokenizer, official_name
 from engine.vae import VAE
 from engine.weights import Shape, load_into
 
@@ -144,7 +144,12 @@ def _dit(part: Part, config: DiTConfig, device: torch.device, dtype: torch.dtype
 
 
 def _text_encoder(layout: Layout, dit: DiTConfig, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-    config = config_from_shapes({entry.name: entry.shape for entry in layout.text.entries.values()})
+    try:
+        config = config_from_shapes(
+            {official_name(name): entry.shape for name, entry in layout.text.entries.items()}
+        )
+    except KeyError as error:
+        raise CheckpointError(f"the text encoder in {layout.text.folder} lacks {error.args[0]}") from None
     if config.d_model != dit.text_dim:
         raise CheckpointError(
             f"the text encoder in {layout.text.folder} is {config.d_model} wide, "

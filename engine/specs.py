@@ -103,8 +103,11 @@ def override(base: Facts, path: Path) -> Facts:
         raise CheckpointError(
             f"{path} has unknown fields {unknown}; known: {', '.join(field.name for field in fields(Facts))}"
         )
-    if "sizes" in given:
-        given["sizes"] = tuple(parse_size(size) for size in given["sizes"])
+    try:
+        if "sizes" in given:
+            given["sizes"] = tuple(parse_size(size) for size in given["sizes"])
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: sizes: {error}") from error
     changes: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
     return replace(base, **changes)
 
@@ -118,7 +121,13 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def make_spec(facts: Facts, dit: DiTConfig, vae: VAEConfig) -> ModelSpec:
-    """Facts and architectures as one specification."""
+    """Facts and architectures as one specification. Raises CheckpointError where they don't fit."""
+    cell = (vae.stride[2] * dit.patch_size[2], vae.stride[1] * dit.patch_size[1])
+    for size in facts.sizes:
+        if size[0] % cell[0] or size[1] % cell[1]:
+            raise CheckpointError(
+                f"{facts.name}: size {size[0]}*{size[1]} doesn't divide into {cell[0]}*{cell[1]} (a token)"
+            )
     return ModelSpec(
         name=facts.name,
         task=facts.task,

@@ -84,7 +84,7 @@ def umt5_config(
 
 
 def config_from_shapes(shapes: dict[str, tuple[int, ...]]) -> UMT5Config:
-    """The configuration that official UMT5 tensors of these shapes belong to."""
+    """The configuration that official UMT5 tensors of these shapes belong to. KeyError if one is missing."""
     vocab, dim = shapes["token_embedding.weight"]
     heads = shapes["blocks.0.pos_embedding.embedding.weight"][1]
     layers = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))

@@ -14,7 +14,8 @@ from tests.engine.ranks import environment
 
 FIELDS = (
     "--size", "96*64", "--frame-num", "5", "--shift", "3", "--sampling-steps", "2",
-    "--guide-scale", "2.0,3.0", "--seed", "9", "--sample-solver", "dpm++", "--negative-prompt", "blurry", "--dtype", "float32",
+    "--guide-scale", "2.0,3.0", "--seed", "9", "--sample-solver", "dpm++",
+    "--negative-prompt", "blurry", "--dtype", "float32",
 )  # fmt: skip
 
 

@@ -25,6 +25,8 @@ PUBLISHED: dict[str, dict[str, list[int]]] = json.loads(
     lzma.decompress((Path(__file__).parent / "data" / "wan22_tensors.json.xz").read_bytes())
 )
 HEADS = {"T2V-A14B": 40, "I2V-A14B": 40, "TI2V-5B": 24}
+SHARDS = 12
+NAME = "blocks.0.cross_attn.k.weight"
 
 
 def entries(tensors: dict[str, list[int]], rename: Callable[[str], str] = str) -> dict[str, Entry]:
@@ -35,15 +37,16 @@ def sparse_checkpoint(folder: Path, tensors: dict[str, list[int]], heads: int) -
     """A full-size fp32 transformer checkpoint with real headers and no data: the files are holes."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"num_heads": heads, "eps": 1e-6, "text_len": 512}))
-    names, header, offset = sorted(tensors), {}, 0
-    for name in names:
-        size = 4 * torch.Size(tensors[name]).numel()
-        header[name] = {"dtype": "F32", "shape": tensors[name], "data_offsets": [offset, offset + size]}
-        offset += size
-    raw = json.dumps(header).encode()
-    with (folder / "diffusion_pytorch_model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(raw)) + raw)
-        file.truncate(8 + len(raw) + offset)
+    for shard in range(SHARDS):
+        header, offset = {}, 0
+        for name in sorted(tensors)[shard::SHARDS]:
+            size = 4 * torch.Size(tensors[name]).numel()
+            header[name] = {"dtype": "F32", "shape": tensors[name], "data_offsets": [offset, offset + size]}
+            offset += size
+        raw = json.dumps(header).encode()
+        with (folder / f"model-{shard + 1:05d}-of-{SHARDS:05d}.safetensors").open("wb") as file:
+            file.write(struct.pack("<Q", len(raw)) + raw)
+            file.truncate(8 + len(raw) + offset)
 
 
 @pytest.mark.parametrize("model", ["T2V-A14B", "I2V-A14B", "TI2V-5B"])
@@ -95,8 +98,9 @@ def broken(tiny: Path, tmp_path: Path) -> Path:
 
 
 def edit_shard(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> Path:
-    """Change the tensors of an expert's first shard; the index is left as it is."""
-    path = sorted((folder / "high_noise_model").glob("*.safetensors"))[0]
+    """Change the tensors of the high-noise expert's shard that holds NAME; the index is left as it is."""
+    paths = sorted((folder / "high_noise_model").glob("*.safetensors"))
+    path = next(path for path in paths if NAME in load_file(path))
     tensors = load_file(path)
     edit(tensors)
     save_file(tensors, path)
@@ -110,9 +114,6 @@ def complaint(folder: Path) -> str:
     print(words)
     assert len(words.splitlines()) == 1
     return words
-
-
-NAME = "blocks.0.cross_attn.k.weight"
 
 
 def test_a_missing_tensor_is_named(broken: Path) -> None:
@@ -188,8 +189,8 @@ def test_without_an_index_all_shards_are_read(broken: Path) -> None:
 
 
 def test_a_tensor_in_two_shards_is_named(broken: Path) -> None:
-    second = sorted((broken / "high_noise_model").glob("*.safetensors"))[1]
-    twice = next(iter(load_file(second)))
+    names = [list(load_file(p)) for p in (broken / "high_noise_model").glob("*.safetensors")]
+    twice = next(shard for shard in names if NAME not in shard)[0]
     edit_shard(broken, lambda tensors: tensors.update({twice: torch.zeros(1)}))
     assert f"tensor {twice} is in both" in complaint(broken)
 
