@@ -90,6 +90,6 @@ def _alive(pid: str) -> bool:
     import psutil
 
     try:
-        return psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE
+        return bool(psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE)
     except (ValueError, psutil.Error):
         return False

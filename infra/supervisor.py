@@ -103,7 +103,7 @@ class Supervisor:
             if time.monotonic() > deadline:
                 tail = f"; the end of {part.spec.log}:\n{part.log_tail()}" if part is not None else ""
                 raise CliError(f"{what} not ready after {seconds:.0f} s{tail}")
-            self.pause(0.05)
+            self.pause(0.2)
 
     def check(self) -> None:
         """Raise Interrupted if a signal asked to stop."""

@@ -8,6 +8,8 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -128,6 +130,67 @@ def test_the_same_seed_gives_the_same_video_on_both(stacks: tuple[Stack, Stack])
             job = client.submit({"prompt": PROMPT, "frame_num": 5, "sampling_steps": 2, "seed": 3})
             sums.append(finish(client, job["id"])["result"]["sha256"])
     assert sums[0] == sums[1]
+
+
+def reel(stack: Stack, *args: str) -> "subprocess.Popen[str]":
+    """A `reel` command in another shell, which knows the stack by its data dir alone."""
+    command = [sys.executable, "-m", "infra.cli", *args, "--stack", str(stack.data)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def answers(processes: list["subprocess.Popen[str]"]) -> list[str]:
+    """What they print, all at once since most of a command's time is Python's start; each must succeed."""
+    said = [process.communicate(timeout=120) for process in processes]
+    for process, (_, err) in zip(processes, said, strict=True):
+        assert process.returncode == 0, (process.args, err)
+    return [out for out, _ in said]
+
+
+def test_the_command_line_works_from_another_shell(stacks: tuple[Stack, Stack], tmp_path: Path) -> None:
+    stack, out = stacks[1], tmp_path / "made.mp4"
+    fields = (
+        "--size",
+        "64*48",
+        "--frame-num",
+        "5",
+        "--sampling-steps",
+        "2",
+        "--guide-scale",
+        "3,4",
+        "--seed",
+        "5",
+    )
+    more = ("--shift", "3", "--sample-solver", "dpm++", "--priority", "high", "--metadata", "ref=cli")
+    (made,) = answers([reel(stack, "generate", PROMPT, "--out", str(out), *fields, *more)])
+    assert made.strip() == str(out)
+    assert decode_video(out)[0].frames == 5
+    jobs, nodes, keys, dead, fresh = answers(
+        [
+            reel(stack, "jobs", "--json", "--state", "succeeded"),
+            reel(stack, "nodes"),
+            reel(stack, "keys", "list"),
+            reel(stack, "dead", "list"),
+            reel(stack, "keys", "create", "a second key", "--scope", "read"),
+        ]
+    )
+    newest = json.loads(jobs.splitlines()[0])
+    assert newest["metadata"] == {"ref": "cli"}
+    assert (newest["priority"], newest["request"]["sample_solver"], newest["request"]["shift"]) == (
+        "high",
+        "dpm++",
+        3,
+    )
+    assert "local-1" in nodes
+    assert "tiny-t2v" in nodes
+    assert "local" in keys
+    assert dead.splitlines()[0].startswith("id ")
+    plain = next(line.split()[-1] for line in fresh.splitlines() if line.startswith("key "))
+    bearer = {"Authorization": f"Bearer {plain}"}
+    assert httpx.get(f"{stack.url}/v1/jobs", headers=bearer).json()["data"] == []
+    assert httpx.post(f"{stack.url}/v1/jobs", headers=bearer, json={"prompt": PROMPT}).status_code == 403
+    (key_id,) = [line.split()[-1] for line in fresh.splitlines() if line.startswith("id ")]
+    answers([reel(stack, "keys", "revoke", key_id)])
+    assert httpx.get(f"{stack.url}/v1/jobs", headers=bearer).status_code == 401
 
 
 @pytest.mark.parametrize("part", ["api", "celery-worker", "redis", "weed"])
