@@ -2,14 +2,17 @@
 
 The official layout: `high_noise_model/` and `low_noise_model/` (TI2V-5B: config and shards at the root), one
 `models_t5*.pth`, `google/umt5-xxl/` (tokenizer), one `Wan2.x_VAE.pth`.
+
+The diffusers layout: `model_index.json` and a folder a part, where `transformer` is the high-noise expert.
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.diffusers_names import dit_name, vae21_name, vae22_name
 from engine.errors import CheckpointError
 from engine.text_encoder import transformers_name
 from engine.weights import Entry, safetensors_files, scan
@@ -34,12 +37,15 @@ class Layout:
     vae: Part
     text: Part
     tokenizer: Path
+    facts: Mapping[str, Any] = field(default_factory=dict)  # fields of engine.specs.Facts that its files tell
 
 
 def find_layout(folder: Path) -> Layout:
     """The parts of the checkpoint in `folder`; reads headers only. Raises CheckpointError."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; expected a checkpoint folder")
+    if (folder / "model_index.json").exists():
+        return _diffusers(folder)
     if (folder / "high_noise_model").is_dir() or (folder / "low_noise_model").is_dir():
         high: Part = _dit(folder / "high_noise_model")
         low: Part | None = _dit(folder / "low_noise_model")
@@ -48,7 +54,8 @@ def find_layout(folder: Path) -> Layout:
     else:
         raise CheckpointError(
             f"{folder} is no checkpoint that this version knows: expected high_noise_model/ and "
-            f"low_noise_model/, or config.json with the transformer's shards; found {_listing(folder)}"
+            "low_noise_model/, or config.json with the transformer's shards, or model_index.json; "
+            f"found {_listing(folder)}"
         )
     return Layout(
         kind="official",
@@ -77,6 +84,38 @@ def _dit(folder: Path) -> Part:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not there; this layout has two experts")
     return Part(folder, scan(safetensors_files(folder)), read_json(folder / "config.json"))
+
+
+def _diffusers(folder: Path) -> Layout:
+    """The diffusers layout, under the names that our modules carry."""
+    index, vae_config = read_json(folder / "model_index.json"), read_json(folder / "vae" / "config.json")
+    vae_name = vae22_name if vae_config.get("is_residual") else vae21_name
+    two_experts = (folder / "transformer_2").is_dir()
+    facts: dict[str, Any] = {
+        ours: tuple(vae_config[theirs])
+        for ours, theirs in (("latent_mean", "latents_mean"), ("latent_std", "latents_std"))
+        if theirs in vae_config
+    }
+    if two_experts and index.get("boundary_ratio") is not None:
+        facts["boundary"] = index["boundary_ratio"]
+    text = scan(safetensors_files(folder / "text_encoder"))
+    if "shared.weight" in text:
+        text.pop("encoder.embed_tokens.weight", None)  # the same tensor under its second name
+    return Layout(
+        kind="diffusers",
+        high=_diffusers_dit(folder / "transformer"),
+        low=_diffusers_dit(folder / "transformer_2") if two_experts else None,
+        vae=Part(folder / "vae", scan(safetensors_files(folder / "vae"), vae_name), {}),
+        text=Part(folder / "text_encoder", text, {}),
+        tokenizer=_tokenizer(folder / "tokenizer"),
+        facts=facts,
+    )
+
+
+def _diffusers_dit(folder: Path) -> Part:
+    config = read_json(folder / "config.json")
+    ours = {"num_heads": config.get("num_attention_heads"), "eps": config.get("eps", 1e-6)}
+    return Part(folder, scan(safetensors_files(folder), dit_name), ours)
 
 
 def _pth(folder: Path, pattern: str, rename: Callable[[str], str] = str) -> Part:

@@ -43,7 +43,7 @@ def load_pipeline(
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     layout = find_layout(Path(folder))
     dit_config = read_dit_config(layout)
-    facts = find_facts(Path(folder), dit_config.in_channels, layout.low is not None, name)
+    facts = find_facts(Path(folder), dit_config.in_channels, layout.low is not None, name, layout.facts)
     vae_config = read_vae_config(layout.vae, facts)
     if dit_config.num_heads % mesh.ulysses:
         raise CheckpointError(

@@ -5,6 +5,7 @@ checkpoint overrides any of them.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -83,11 +84,21 @@ def known_facts(in_channels: int, two_experts: bool) -> Facts:
     return I2V_A14B if in_channels == 36 else T2V_A14B
 
 
-def find_facts(folder: Path, in_channels: int, two_experts: bool, name: str | None = None) -> Facts:
-    """The facts of the checkpoint in `folder`: the named or detected model's, overridden by its reel.json."""
+def find_facts(
+    folder: Path,
+    in_channels: int,
+    two_experts: bool,
+    name: str | None = None,
+    told: Mapping[str, Any] | None = None,
+) -> Facts:
+    """The facts of the checkpoint in `folder`: the named or detected model's, overridden by its reel.json.
+
+    `told` is what the layout's own files say; it counts more than what is known and less than reel.json.
+    """
     if name is not None and name not in KNOWN:
         raise CheckpointError(f"unknown model {name!r}; known: {', '.join(KNOWN)}")
     base = KNOWN[name] if name else known_facts(in_channels, two_experts)
+    base = replace(base, **(told or {}))
     path = folder / "reel.json"
     return override(base, path) if path.exists() else base
 

@@ -22,8 +22,9 @@ from engine.images import cover_and_crop, resize_bicubic
 from engine.parallel.mesh import Mesh
 from engine.pipeline import Pipeline
 from engine.requests import resolve
-from engine.sampler import Schedule, make_schedule
+from engine.sampler import make_schedule
 from tests.engine.oracle import TEXT_DIM, TEXT_LEN, TwinVAEs, relative, twin_dits, twin_vaes
+from tests.engine.schedulers import with_sigmas
 from tests.engine.sinks import Frames
 
 SIZE = (96, 64)  # width, height
@@ -42,19 +43,6 @@ class GivenEmbeddings(torch.nn.Module):
 
     def encode(self, prompt: str) -> Tensor:
         return self.known[prompt]
-
-
-def with_sigmas(oracle: object, schedule: Schedule) -> object:
-    """A diffusers scheduler that keeps to our schedule."""
-    original = oracle.set_timesteps  # type: ignore[attr-defined]
-
-    def set_timesteps(steps: int, device: object = None) -> None:
-        original(steps)
-        oracle.sigmas = schedule.sigmas  # type: ignore[attr-defined]
-        oracle.timesteps = schedule.timesteps  # type: ignore[attr-defined]
-
-    oracle.set_timesteps = set_timesteps  # type: ignore[attr-defined]
-    return oracle
 
 
 def their_scheduler(solver: Solver) -> object:
