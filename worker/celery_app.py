@@ -1,8 +1,8 @@
 """Celery, for the short and repeatable work: webhooks and sweeps.
 
-Losing a message must not matter, for Celery over Redis can lose one (a worker that dies within a second of the
-fetch). So messages carry no truth: the outbox says which deliveries are due and a sweep looks at the store itself.
-Beat asks every second; what was lost is found at the next look.
+Losing a message must not matter, for Celery over Redis can lose one (a worker that dies within a second of
+the fetch). So messages carry no truth: the outbox says which deliveries are due, and a sweep looks at the
+store itself. Beat asks every second; what was lost is found at the next look.
 """
 
 import logging
@@ -13,7 +13,6 @@ from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit
 
-import redis
 from celery import Celery
 from celery.beat import EmbeddedService
 from celery.exceptions import SecurityWarning
@@ -46,7 +45,7 @@ class Services:
     settings: Settings
 
     @cached_property
-    def redis(self) -> "redis.Redis":
+    def redis(self) -> Any:
         """The client for everything below."""
         return connect(self.settings)
 
@@ -86,7 +85,7 @@ def make_app(settings: Settings) -> Celery:
     app.conf.update(configuration(settings))
     services = Services(settings)
 
-    @app.task(name="reel.dispatch")  # type: ignore[untyped-decorator]
+    @app.task(name="reel.dispatch", shared=False)
     def dispatch() -> int:
         """Send a `deliver` message for each due delivery that has none under way."""
         due = services.outbox.due(DISPATCH_LIMIT)
@@ -97,19 +96,19 @@ def make_app(settings: Settings) -> Celery:
             deliver.apply_async((delivery_id,), expires=VISIBILITY_SECONDS)
         return len(fresh)
 
-    @app.task(name="reel.deliver")  # type: ignore[untyped-decorator]
+    @app.task(name="reel.deliver", shared=False)
     def deliver(delivery_id: str) -> None:
         """Make one attempt of one delivery, then of what its end made due (the job's next event)."""
         services.sender.send(delivery_id)
         services.redis.delete(f"{PREFIX}sent:{delivery_id}")
         dispatch()
 
-    @app.task(name="reel.sweep")  # type: ignore[untyped-decorator]
+    @app.task(name="reel.sweep", shared=False)
     def sweep_jobs() -> int:
         """See worker.sweeper.sweep."""
         return sweep(services.store)
 
-    @app.task(name="reel.clean")  # type: ignore[untyped-decorator]
+    @app.task(name="reel.clean", shared=False)
     def clean() -> int:
         """See worker.sweeper.remove_files."""
         return remove_files(services.store, services.storage, services.uploads)
@@ -192,7 +191,7 @@ def serve(settings: Settings, role: str) -> int:
     if role == "beat":
         app.Beat(loglevel=settings.log_level).run()
         return 0
-    beat = EmbeddedService(app, thread=True) if role == "all" else None
+    beat: Any = EmbeddedService(app, thread=True) if role == "all" else None
     if beat is not None:
         beat.start()
     worker = app.Worker(

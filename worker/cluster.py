@@ -35,7 +35,7 @@ def start(plan: NodePlan) -> PlacementGroup:
         _node_ip_address="127.0.0.1",
     )
     bundle = {"CPU": 1, "GPU": 1} if plan.device == "cuda" else {"CPU": 1}
-    group = placement_group([bundle] * plan.ranks, strategy="STRICT_PACK")
+    group: PlacementGroup = placement_group([bundle] * plan.ranks, strategy="STRICT_PACK")
     if not group.wait(START_SECONDS):
         raise RuntimeError(
             f"Ray could not place {plan.ranks} ranks on one machine within {START_SECONDS:.0f} s"
@@ -61,13 +61,14 @@ def vital_processes(timeout: float = 30.0) -> list[psutil.Process]:
 def alive(process: psutil.Process) -> bool:
     """Whether a process still runs (a zombie does not)."""
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
 
 def _family() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+    family: list[psutil.Process] = psutil.Process().children(recursive=True)
+    return family
 
 
 def _vital_name(process: psutil.Process) -> str | None:

@@ -1,5 +1,7 @@
 """Connections of the worker roles, and the one clear line when a service can't be reached at start."""
 
+from contextlib import closing
+
 import redis
 
 from jobs.client import connect
@@ -21,8 +23,8 @@ def open_store(settings: Settings) -> JobStore:
 def check_redis(settings: Settings) -> None:
     """Raise Unreachable when Redis does not answer a PING."""
     try:
-        with connect(settings) as client:
-            client.ping()
+        with closing(connect(settings)) as client:
+            client.execute_command("PING")
     except (redis.RedisError, OSError) as error:
         where = settings.redis_url.rsplit("@", 1)[-1]  # without a password
         raise Unreachable(f"Redis at {where} can't be reached ({error}); set REEL_REDIS_URL") from None

@@ -12,7 +12,7 @@ class Drain:
         self._deadline = float("inf")
 
     def ask(self, grace: float) -> None:
-        """Take nothing new from now on; give back what still runs after `grace` seconds. Later calls may shorten it."""
+        """Take nothing new from now on, and give back what runs after `grace` seconds; may be shortened."""
         self._deadline = min(self._deadline, time.monotonic() + grace)
         self._asked.set()
 

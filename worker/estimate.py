@@ -1,4 +1,4 @@
-"""How far a video is and how long it will still take, from what was measured on this rank and nothing else."""
+"""How far a video is and how long it will still take, from what this rank has measured and nothing else."""
 
 import time
 from dataclasses import dataclass, field
@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from engine.config import GenerationRequest, Progress
 from jobs.job import Phase
 
-# Share of the whole at which a phase begins and ends. Progress is a position on this fixed scale, not a clock:
-# for the clock there is `eta`.
+# Share of the whole at which a phase begins and ends. Progress is a position on this fixed scale; for the
+# clock there is `eta`.
 SPANS = {Phase.ENCODING: (0.0, 0.02), Phase.DENOISING: (0.02, 0.9), Phase.DECODING: (0.9, 0.98)}
 PUBLISHING_PROGRESS = 0.98
 Shape = tuple[int, int, int]  # width, height, frames
@@ -26,7 +26,7 @@ class History:
     decode_seconds: dict[Shape, float] = field(default_factory=dict)
 
     def decode(self, shape: Shape) -> float | None:
-        """Seconds to decode this shape: as measured, or scaled by pixels from another shape (decoding is linear)."""
+        """Seconds to decode this shape: as measured, or scaled by pixels (decoding is linear)."""
         if shape in self.decode_seconds:
             return self.decode_seconds[shape]
         for other, seconds in self.decode_seconds.items():

@@ -1,4 +1,4 @@
-"""The group of rank actors: started and ended as one, because a collective with a missing rank never returns."""
+"""The group of rank actors: started and ended as one, as a collective that misses a rank never returns."""
 
 import contextlib
 import logging
@@ -34,7 +34,7 @@ class GroupBroken(Exception):
 
 
 class RankGroup:
-    """N rank actors, one per bundle of the placement group. Used by one thread, except for `stop` and `kill`."""
+    """N rank actors, one per bundle of the placement group. For one thread, except for `stop` and `kill`."""
 
     def __init__(self, plan: NodePlan, placement: PlacementGroup) -> None:
         self.plan = plan
@@ -44,10 +44,8 @@ class RankGroup:
         self.pids: list[int] = []
 
     def start(self) -> ModelSpec:
-        """Start all ranks and load the model. Raises BadModel, or GroupBroken when a rank does not come up."""
-        rendezvous = (
-            self.plan.run_dir / f"ranks-{uuid.uuid4().hex[:8]}"
-        )  # never one that a dead group has used
+        """Start all ranks and load the model. Raises BadModel, or GroupBroken when a rank won't start."""
+        rendezvous = self.plan.run_dir / f"ranks-{uuid.uuid4().hex[:8]}"  # never a dead group's
         actor: Any = rank_actor_class()
         resources = {"num_cpus": 1, "num_gpus": 1 if self.plan.device == "cuda" else 0}
         self._ranks = [
@@ -59,7 +57,9 @@ class RankGroup:
         ]
         self.leader = self._ranks[0]
         try:
-            ray.get([rank.ready.remote() for rank in self._ranks])  # imports differ by seconds; meeting must not
+            ray.get(
+                [rank.ready.remote() for rank in self._ranks]
+            )  # imports differ by seconds; meeting must not
             loaded: list[Loaded] = ray.get([rank.load.remote(rendezvous) for rank in self._ranks])
         except RayTaskError as error:
             if isinstance(error.cause, BadModel):
@@ -73,7 +73,7 @@ class RankGroup:
     def generate(self, job: Job, request: GenerationRequest, folder: Path) -> RankReport:
         """Run one attempt on all ranks; rank 0's report, or the failure that all ranks agree on.
 
-        Raises GroupBroken when a rank died, was silent for `step_timeout_seconds`, or failed while others did not.
+        Raises GroupBroken when a rank died, failed alone, or made no step for `step_timeout_seconds`.
         """
         pending = [rank.generate.remote(job, request, folder) for rank in self._ranks]
         reports: list[RankReport] = []
@@ -87,9 +87,9 @@ class RankGroup:
             if failed and pending:
                 failed_at = failed_at or time.monotonic()
                 if time.monotonic() - failed_at > STRAGGLER_SECONDS:
-                    raise GroupBroken(failed[0].failure, failed[0].detail)
+                    raise broken_by(failed)
             watch.look()
-        return _agree(reports)
+        return agree(reports)
 
     def stop(self, why: Stop) -> None:
         """Have the running attempt end at its next step boundary. From any thread."""
@@ -121,7 +121,7 @@ class _Watch:
         self._question: Any = None
 
     def look(self) -> None:
-        """Ask rank 0 for its silence without waiting; raise GroupBroken when it is too long, or unanswered."""
+        """Ask rank 0 for its silence, without waiting; raise GroupBroken when it is too long."""
         if self._question is None:
             self._question = self._leader.silence.remote()
         done, _ = ray.wait([self._question], timeout=0)
@@ -149,16 +149,23 @@ def _report_of(ref: Any) -> RankReport:
     return report
 
 
-def _agree(reports: list[RankReport]) -> RankReport:
-    """Rank 0's report if all ranks ended alike, else GroupBroken: their state may differ from now on."""
+def agree(reports: list[RankReport]) -> RankReport:
+    """Rank 0's report if all ranks ended alike, else GroupBroken: their states may differ from now on."""
     reports = sorted(reports, key=lambda report: report.rank)
-    first = next((report for report in reports if report.outcome == "failed"), reports[0])
-    same = all((r.outcome, r.failure) == (first.outcome, first.failure) for r in reports)
-    if same and first.failure is FailureClass.USER:
+    first, failed = reports[0], [report for report in reports if report.outcome == "failed"]
+    alike = all((report.outcome, report.failure) == (first.outcome, first.failure) for report in reports)
+    if alike and (not failed or first.failure is FailureClass.USER):
         return first
-    if same and first.outcome != "failed":
-        return first
-    raise GroupBroken(first.failure, first.detail or "the ranks ended differently")
+    raise broken_by(failed or reports)
+
+
+def broken_by(reports: list[RankReport]) -> GroupBroken:
+    """The failure that explains the rest: one rank's out-of-memory is why others lost their connection."""
+    memory = (report for report in reports if report.failure is FailureClass.OUT_OF_MEMORY)
+    cause = next(memory, reports[0])
+    # A request that only some ranks refuse is our bug, not the user's.
+    failure = FailureClass.INFRASTRUCTURE if cause.failure is FailureClass.USER else cause.failure
+    return GroupBroken(failure, cause.detail or "the ranks ended differently")
 
 
 def _words(error: BaseException) -> str:

@@ -29,7 +29,7 @@ class ClusterBroke(Exception):
 def main() -> int:
     """Host one cluster; the exit code tells the supervisor what to do next."""
     adopt_orphans()
-    plan: NodePlan = pickle.load(sys.stdin.buffer)  # noqa: S301 - from our own parent
+    plan: NodePlan = pickle.load(sys.stdin.buffer)
     orders = Orders()
     threading.Thread(target=orders.read, name="leash", daemon=True).start()
 
@@ -56,7 +56,7 @@ def host(plan: NodePlan, orders: "Orders") -> int:
     placement = cluster.start(plan)
     vital = cluster.vital_processes()
     log.info("cluster up in %.1f s", time.monotonic() - started)
-    node = (
+    node: Any = (
         ray.remote(NodeActor).options(num_cpus=0, max_concurrency=8, max_restarts=0).remote(plan, placement)
     )
     node.start.remote()

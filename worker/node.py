@@ -1,4 +1,4 @@
-"""The node actor: puts a node's parts together, and answers its host. The work is in threads, never in a method."""
+"""The node actor: puts a node's parts together and answers its host. The work is in threads."""
 
 import logging
 import os
@@ -94,7 +94,7 @@ class NodeActor:
             self._status = NodeStatus("broken", f"{type(error).__name__}: {error}")
 
     def _recover(self) -> None:
-        """Publish what an earlier cluster of this node finished but did not commit, if the job is still ours."""
+        """Publish what an earlier cluster of this node finished but did not commit, if it is still ours."""
         for job_id, token, folder in self.spool.tidy():
             job = tell(lambda job_id=job_id: self.store.get(job_id))  # type: ignore[misc]
             if job is None or (job.terminal and job.state is not JobState.FAILED):
@@ -113,7 +113,13 @@ class NodeActor:
                 "state": "idle",
             }
         )
-        while tell(lambda: (self.registry.publish_model(card), self.registry.register(self.info))) is None:
+
+        def announce() -> bool:
+            self.registry.publish_model(card)
+            self.registry.register(self.info)
+            return True
+
+        while tell(announce) is None:
             log.warning("cannot register yet")
 
     def _beat_for_ever(self) -> None:

@@ -61,7 +61,7 @@ async def _post_any(url: str, addresses: list[Address], body: bytes, headers: di
 async def _post_to(
     client: httpx.AsyncClient, url: str, address: Address, body: bytes, headers: dict[str, str]
 ) -> Answer:
-    """Connect to `address`, speaking to the URL's host: its name goes into Host, and into TLS to be verified."""
+    """Connect to `address`, but speak to the URL's host: its name goes into Host and into TLS."""
     parts = urlsplit(url)
     literal = f"[{address}]" if address.version == 6 else str(address)
     netloc = literal if parts.port is None else f"{literal}:{parts.port}"

@@ -1,4 +1,4 @@
-"""From finished frames to a committed job: close the MP4, upload, finish. The GPUs are at the next job meanwhile."""
+"""From finished frames to a committed job: close the MP4, upload, finish. The GPUs go on meanwhile."""
 
 import json
 import logging
@@ -51,7 +51,7 @@ class Publisher:
         self.job: Job | None = None  # being published
 
     def take(self, finished: Finished) -> None:
-        """Hand over a finished job and return. Blocks, keeping its lease, while an earlier one is on its way."""
+        """Hand over a finished job. Blocks, keeping its lease, while an earlier one is on its way."""
         if not self._free.acquire(blocking=False):
             with Lease(self._store, finished.job, Phase.PUBLISHING, PUBLISHING_PROGRESS):
                 self._free.acquire()

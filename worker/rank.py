@@ -1,4 +1,4 @@
-"""One rank: one GPU (or a share of the CPU), with the whole pipeline warm. Rank 0 also reports and writes the MP4."""
+"""One rank: a GPU, or a share of the CPU, with the pipeline warm. Rank 0 also reports and writes the MP4."""
 
 import logging
 import os
@@ -36,7 +36,7 @@ class _Written:
 
 
 class Rank:
-    """What a rank actor is made of. `stop`, `silence` and `finish_video` come from other threads than `generate`."""
+    """What a rank actor is made of. `stop`, `silence` and `finish_video` come while `generate` runs."""
 
     def __init__(self, plan: NodePlan, index: int) -> None:
         self.plan = plan
@@ -97,7 +97,7 @@ class Rank:
         return reporter.silence if reporter is not None else 0.0
 
     def finish_video(self, folder: Path) -> None:
-        """Wait until the MP4 of a generated video is whole on disk; the ranks may be at the next one already."""
+        """Wait until a generated video's MP4 is whole on disk; the ranks may be at the next one already."""
         written = self._written.pop(folder)
         written.sink.finish(written.seconds, written.manifest)
 

@@ -1,6 +1,7 @@
 """The rank actor: `worker.rank.Rank` behind Ray, so that nobody but a rank's own process imports torch."""
 
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -50,6 +51,7 @@ class RankActor:
 
 
 def rank_actor_class() -> type:
-    """The class as Ray wants it: one thread for `generate`, so that CUDA and the process group see one, and three others."""
-    actor: type = ray.remote(concurrency_groups={SIDE: 3})(RankActor)
+    """The class as Ray wants it: one thread for `load` and `generate`, as CUDA likes it, and three others."""
+    decorate: Any = ray.remote(concurrency_groups={SIDE: 3})  # type: ignore[call-overload]
+    actor: type = decorate(RankActor)
     return actor

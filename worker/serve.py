@@ -47,7 +47,7 @@ def run_celery(settings: Settings, role: str = "all") -> int:
 
 
 def make_plan(settings: Settings, model_path: Path, name: str | None) -> NodePlan:
-    """Everything that is fixed for this node's life. Raises ValueError for settings that don't fit the machine."""
+    """What is fixed for this node's life. Raises ValueError if the settings don't fit the machine."""
     ranks, device = ranks_and_device(settings.node_ranks)
     node_id = settings.node_id or f"{socket.gethostname()}-{secrets.token_hex(3)}"
     run_dir = Path(tempfile.mkdtemp(prefix="reel-"))  # /tmp/reel-xxxxxxxx: socket paths end at 107 characters

@@ -1,7 +1,7 @@
 """The node's local videos: those being written, and finished ones that wait to be committed.
 
-`<work_dir>/<job id>/<token>/` holds one attempt. A folder with facts.json is whole: as long as it is there, the
-video is not made again, whatever happened to the attempt's lease, the cluster or S3 meanwhile.
+`<work_dir>/<job id>/<token>/` holds one attempt. A folder with facts.json is whole: as long as it is there,
+the video is not made again, whatever happened to the attempt's lease, the cluster or S3 meanwhile.
 """
 
 import shutil

@@ -1,4 +1,4 @@
-"""`reel node`'s own process: starts the cluster's host process, rebuilds it whole when it breaks, ends it on a signal.
+"""`reel node`'s own process: starts the cluster's host, rebuilds it when it breaks, ends it on a signal.
 
 It imports neither Ray nor torch, so that nothing in it can hang or crash with them.
 
@@ -6,8 +6,9 @@ It imports neither Ray nor torch, so that nothing in it can hang or crash with t
       host (`python -m worker.host`: Ray's driver)
         gcs_server, raylet ─ agents, node actor, rank actors ─ ffmpeg
 
-The host's stdin is the leash: the plan goes down it first, then `drain` or `stop`. Its end (the supervisor died,
-by SIGKILL too) makes the host kill everything below it. If the host dies, its orphans come here and are killed.
+The host's stdin is the leash: the plan goes down it first, then `drain` or `stop`. Its end (the supervisor
+died, by SIGKILL too) makes the host kill everything below it. If the host dies, its orphans come here and
+are killed.
 """
 
 import logging
@@ -117,7 +118,7 @@ class Supervisor:
 
 
 def _forward(pipe: Path) -> None:
-    """Copy what the actors write into the FIFO to our stderr. Opened for both ways, so it never sees an end."""
+    """Copy what the actors write into the FIFO to our stderr. Opened both ways, so it never sees an end."""
     source = os.open(pipe, os.O_RDWR)
     while data := os.read(source, 65_536):
         os.write(2, data)

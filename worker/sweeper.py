@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 def sweep(store: JobStore) -> int:
-    """Requeue or fail jobs whose lease ran out, expire late ones, purge old ones. Returns how many changed."""
+    """Requeue or fail jobs whose lease ran out, expire late ones, purge old ones; how many changed."""
     changed = 0
     for _ in range(ROUNDS):
         report = store.sweep(BATCH)

@@ -1,4 +1,4 @@
-"""What rank 0 does with frames: the MP4 as they come, the poster from the first, and the finished file's facts."""
+"""What rank 0 does with frames: the MP4 as they come, a poster from the first, the file's facts."""
 
 import hashlib
 import json
@@ -47,7 +47,7 @@ class VideoFolder:
         self._writer.write(frames)
 
     def finish(self, seconds: dict[str, float], manifest: dict[str, object]) -> VideoFacts:
-        """Wait for ffmpeg, then put down the facts. Raises engine.errors.VideoError with ffmpeg's own words."""
+        """Wait for ffmpeg, then put down the facts. Raises engine.errors.VideoError in ffmpeg's own words."""
         assert self._writer is not None, "a video without frames"
         writer = self._writer
         writer.close()

@@ -77,7 +77,7 @@ class WebhookSender:
             self._retry(delivery, answer)
 
     def _retry(self, delivery: Delivery, answer: Answer) -> None:
-        """Due again by the schedule, or later if the receiver asked for it; past the schedule: the dead letter."""
+        """Due again by the schedule, or later if the receiver asks; past the schedule: the dead letter."""
         problem = answer.error or f"the endpoint answered {answer.status}"
         log.info(
             "delivery %s: %s, try %d failed: %s", delivery.id, delivery.event, delivery.attempts, problem
@@ -111,7 +111,7 @@ def _compact(event: str, stamp: str, data: dict[str, object]) -> str:
 
 
 def headers_of(delivery: Delivery, body: str, secrets: list[str], now: datetime) -> dict[str, str]:
-    """The three Standard Webhooks headers, signed with every valid secret (two while one is being rotated)."""
+    """The three Standard Webhooks headers, signed with every valid secret (two during a rotation)."""
     signatures = [Webhook(secret).sign(delivery.id, now, body) for secret in secrets]
     return {
         "content-type": "application/json",

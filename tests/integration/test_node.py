@@ -1,4 +1,4 @@
-"""A real node: Ray, two gloo ranks, the tiny checkpoint, Redis and S3. One node is shared; the tests run in order."""
+"""A real node: Ray, two gloo ranks, the tiny checkpoint, Redis, S3. The tests share it and run in order."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""A real node in a process of its own, as `reel node` runs it, and what a test needs to know of its processes."""
+"""A real node in a process of its own, as `reel node` runs it, and what tests need to know of its family."""
 
 import os
 import signal
@@ -45,7 +45,11 @@ class NodeProcess:
         self.settings, self.log = settings, log
         with log.open("ab") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", NODE + f"raise SystemExit(run_node(get_settings(), Path({str(model)!r})))"],
+                [
+                    sys.executable,
+                    "-c",
+                    NODE + f"raise SystemExit(run_node(get_settings(), Path({str(model)!r})))",
+                ],
                 env=environment(settings),
                 stdout=out,
                 stderr=out,

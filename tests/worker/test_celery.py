@@ -1,0 +1,147 @@
+"""Celery as we run it: it refuses what isn't JSON, and losing its messages loses nothing."""
+
+import base64
+import json
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from jobs.client import connect
+from jobs.job import JobState, NewJob, WebhookEvent, new_id
+from jobs.keys import KeyStore
+from jobs.outbox import Outbox
+from jobs.settings import Settings
+from jobs.store import JobStore
+from tests.support.jobs import result, video_request
+from tests.support.node import environment, until
+from tests.worker.conftest import SECRET_KEY
+from tests.worker.receiver import RawReceiver
+from worker.celery_app import PREFIX, VISIBILITY_SECONDS, broker_url, make_app
+
+CODE = "from worker.serve import run_celery; from jobs.settings import get_settings; "
+
+
+@contextmanager
+def celery(settings: Settings, role: str, log: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """`reel celery ROLE` in a process."""
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-c", CODE + f"raise SystemExit(run_celery(get_settings(), {role!r}))"],
+            env=environment(settings), stdout=out, stderr=out,
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(30)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def finished_job(settings: Settings, store: JobStore, url: str) -> str:
+    """A succeeded job with one webhook due."""
+    key, _, _ = KeyStore(connect(settings), SECRET_KEY).create("test")
+    new = NewJob(
+        id=new_id("job"), key_id=key.id, request=video_request(), callback_url=url,
+        webhook_events=(WebhookEvent.SUCCEEDED,),
+    )  # fmt: skip
+    store.submit(new)
+    job = store.claim("tiny", "node-a")
+    assert job is not None
+    store.finish(job.id, job.token, result(job.id, job.token))
+    return job.id
+
+
+class Bomb:
+    """Touches a file when unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (exec, (f"open({str(self.path)!r}, 'w').close()",))
+
+
+def inject_pickle(settings: Settings, path: Path) -> None:
+    """Put a message into the queue as kombu would, with a pickled body."""
+    body = base64.b64encode(pickle.dumps(((Bomb(path),), {}, {}))).decode()
+    message = {
+        "body": body,
+        "content-encoding": "binary",
+        "content-type": "application/x-python-serialize",
+        "headers": {"lang": "py", "task": "reel.deliver", "id": "evil", "argsrepr": "", "kwargsrepr": ""},
+        "properties": {
+            "correlation_id": "evil", "delivery_mode": 2, "delivery_tag": "evil", "body_encoding": "base64",
+            "delivery_info": {"exchange": "", "routing_key": "reel"}, "priority": 0,
+        },
+    }  # fmt: skip
+    connect(settings).lpush(f"{PREFIX}reel", json.dumps(message))
+
+
+def test_pickle_is_refused_lost_messages_are_found_again_and_stop_is_clean(
+    settings: Settings, store: JobStore, tmp_path: Path
+) -> None:
+    redis = connect(settings)
+    bomb, log = tmp_path / "exploded", tmp_path / "celery.log"
+    with RawReceiver() as receiver:
+        job_id = finished_job(settings, store, f"http://127.0.0.1:{receiver.port}/")
+        app = make_app(settings)
+        assert app.tasks["reel.dispatch"]() == 1
+        assert redis.llen(f"{PREFIX}reel") == 1
+        redis.delete(f"{PREFIX}reel")  # the message is lost; the outbox still knows
+        inject_pickle(settings, bomb)
+        with celery(settings, "all", log) as process:
+            receiver.wait(1, 45)
+            until(lambda: redis.llen(f"{PREFIX}reel") == 0, 10, "an empty queue")
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+    text = log.read_text()
+    assert "ContentDisallowed" in text, text
+    assert not bomb.exists()
+    (delivery,) = Outbox(redis, settings).for_job(job_id)
+    assert (delivery.state, delivery.attempts) == ("delivered", 1)
+    app.close()
+
+
+def test_the_sweep_gives_a_dead_nodes_job_another_try(settings: Settings, store: JobStore) -> None:
+    short = settings.model_copy(update={"lease_seconds": 0.05})
+    app, quick = make_app(short), JobStore(connect(short), short)
+    store.submit(NewJob(id=new_id("job"), key_id="key_a", request=video_request()))
+    job = quick.claim("tiny", "node-a")
+    assert job is not None
+    until(lambda: app.tasks["reel.sweep"]() == 1, 5, "the sweep")
+    again = store.get(job.id)
+    assert (again.state, again.attempts) == (JobState.QUEUED, 1)
+    app.close()
+
+
+def test_settings_that_matter(settings: Settings) -> None:
+    app = make_app(settings)
+    assert app.conf.accept_content == ["json"]
+    assert app.conf.task_serializer == app.conf.result_serializer == "json"
+    assert app.conf.task_acks_late
+    assert app.conf.task_ignore_result
+    assert app.conf.worker_prefetch_multiplier == 1
+    for options in (app.conf.broker_transport_options, app.conf.result_backend_transport_options, app.conf):
+        assert options["visibility_timeout"] == VISIBILITY_SECONDS
+    app.close()
+
+
+@pytest.mark.parametrize(
+    ("ours", "kombus"),
+    [
+        ("redis://:pw@host:6379/2", "redis://:pw@host:6379/2"),
+        ("unix:///tmp/redis.sock", "redis+socket:///tmp/redis.sock"),
+        ("unix:///tmp/redis.sock?db=3", "redis+socket:///tmp/redis.sock?virtual_host=3"),
+    ],
+)
+def test_broker_urls(ours: str, kombus: str) -> None:
+    assert broker_url(ours) == kombus

@@ -1,0 +1,204 @@
+"""Publishing against real Redis and S3: commit, stale owner, cancel, S3 away, drain, the spool's memory."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jobs.job import Job, JobState
+from jobs.settings import Settings
+from jobs.storage import ObjectStore
+from jobs.store import JobStore
+from tests.support.jobs import new_job
+from tests.support.node import until
+from tests.support.proxy import Proxy
+from worker.drain import Drain
+from worker.publish import Finished, Publisher
+from worker.spool import Spool
+from worker.video import VideoFolder, read_facts
+
+
+class Bench:
+    """A publisher with everything around it, without ranks."""
+
+    def __init__(self, settings: Settings, storage: ObjectStore, store: JobStore, folder: Path) -> None:
+        self.settings, self.storage, self.store = settings, storage, store
+        self.spool = Spool(folder / "work")
+        self.drain = Drain()
+        self.publisher = Publisher(store, storage, self.spool, self.drain)
+        self.sinks: list[VideoFolder] = []
+
+    def claimed(self) -> Job:
+        self.store.submit(new_job())
+        job = self.store.claim("tiny", "node-a")
+        assert job is not None
+        return job
+
+    def made(self, job: Job) -> Finished:
+        """A job whose video has been written, with the end of the file still to come."""
+        folder = self.spool.folder(job)
+        sink = VideoFolder(folder, job.id, 16.0)
+        self.sinks.append(sink)
+        sink.write(np.random.default_rng(0).integers(0, 255, (5, 48, 64, 3), dtype=np.uint8))
+        return Finished(job, folder, lambda: sink.finish({"denoising": 1.0}, {"job": job.id}) and None)
+
+    def keys(self, job: Job) -> list[str]:
+        return self.storage.list_keys(f"jobs/{job.id}/")
+
+
+@pytest.fixture
+def bench(s3_settings: Settings, storage: ObjectStore, store: JobStore, tmp_path: Path) -> Iterator[Bench]:
+    found = Bench(s3_settings, storage, store, tmp_path)
+    yield found
+    for sink in found.sinks:
+        sink.abort()
+
+
+def test_a_finished_video_is_committed_and_leaves_the_disk(bench: Bench) -> None:
+    job = bench.claimed()
+    bench.publisher.take(bench.made(job))
+    bench.publisher.wait()
+    done = bench.store.get(job.id)
+    assert done.state is JobState.SUCCEEDED
+    assert done.result is not None
+    assert bench.keys(job) == sorted(
+        [done.result.video_key, done.result.poster_key, done.result.manifest_key]
+    )
+    head = bench.storage.head(done.result.video_key)
+    assert head is not None
+    assert (head.bytes, head.content_type) == (done.result.bytes, "video/mp4")
+    manifest = json.loads(bench.storage.get_bytes(done.result.manifest_key))
+    assert manifest["video"]["sha256"] == done.result.sha256
+    assert not (bench.spool.root / job.id).exists()
+
+
+def test_a_stale_owner_commits_nothing_and_removes_its_objects(bench: Bench) -> None:
+    """The lease goes to another node between the upload and the commit."""
+    job = bench.claimed()
+    finished = bench.made(job)
+    real, lost = bench.store.finish, threading.Event()
+
+    def late(*args: object) -> Job:
+        bench.store.give_back(job.id, job.token)
+        assert bench.store.claim("tiny", "node-b") is not None
+        lost.set()
+        return real(*args)  # type: ignore[arg-type]
+
+    bench.store.finish = late  # type: ignore[method-assign]
+    bench.publisher.take(finished)
+    bench.publisher.wait()
+    assert lost.is_set()
+    now = bench.store.get(job.id)
+    assert (now.state, now.owner, now.token) == (JobState.RUNNING, "node-b", 2)
+    assert bench.keys(job) == []
+
+
+def test_a_late_cancel_wins_while_nothing_is_committed(bench: Bench) -> None:
+    job = bench.claimed()
+    finished = bench.made(job)
+
+    def slow_close() -> None:
+        assert finished.close is not None
+        finished.close()
+        bench.store.cancel(job.id)
+        time.sleep(2.5)  # the lease's thread reads the flag meanwhile
+
+    bench.publisher.take(Finished(job, finished.folder, slow_close))
+    bench.publisher.wait()
+    assert bench.store.get(job.id).state is JobState.CANCELED
+    assert bench.keys(job) == []
+    assert not (bench.spool.root / job.id).exists()
+
+
+def test_s3_away_keeps_the_lease_and_the_file(bench: Bench) -> None:
+    host, port = (bench.settings.s3_endpoint or "").removeprefix("http://").split(":")
+    proxy = Proxy((host, int(port)))
+    storage = ObjectStore(bench.settings.model_copy(update={"s3_endpoint": f"http://127.0.0.1:{proxy.port}"}))
+    publisher = Publisher(bench.store, storage, bench.spool, bench.drain)
+    job = bench.claimed()
+    proxy.down()
+    publisher.take(bench.made(job))
+    until(lambda: proxy.refused >= 2, 20, "refused uploads")
+    time.sleep(bench.settings.lease_seconds + 0.5)
+    assert bench.store.claim("tiny", "node-b") is None, "the lease is kept"
+    proxy.up = True
+    publisher.wait()
+    proxy.close()
+    assert bench.store.get(job.id).state is JobState.SUCCEEDED
+
+
+def test_at_most_one_is_published_and_the_waiting_one_keeps_its_lease(bench: Bench) -> None:
+    first, second = bench.claimed(), bench.claimed()
+    slow, release = bench.made(first), threading.Event()
+
+    def held() -> None:
+        release.wait(30)
+        assert slow.close is not None
+        slow.close()
+
+    bench.publisher.take(Finished(first, slow.folder, held))
+    waiting = threading.Thread(target=bench.publisher.take, args=(bench.made(second),))
+    waiting.start()
+    time.sleep(bench.settings.lease_seconds + 1)
+    assert waiting.is_alive()
+    assert bench.publisher.job is not None
+    assert bench.publisher.job.id == first.id
+    assert bench.store.claim("tiny", "node-b") is None, "neither lease has run out"
+    release.set()
+    waiting.join(20)
+    bench.publisher.wait()
+    assert {bench.store.get(job.id).state for job in (first, second)} == {JobState.SUCCEEDED}
+
+
+def test_a_drain_gives_back_what_cannot_be_uploaded_and_the_video_is_not_made_again(bench: Bench) -> None:
+    storage = ObjectStore(bench.settings.model_copy(update={"s3_endpoint": "http://127.0.0.1:9"}))
+    publisher = Publisher(bench.store, storage, bench.spool, bench.drain)
+    job = bench.claimed()
+    publisher.take(bench.made(job))
+    until(lambda: bench.spool.finished(job.id), 10, "the finished file")
+    bench.drain.ask(0.5)
+    publisher.wait()
+    given = bench.store.get(job.id)
+    assert (given.state, given.attempts) == (JobState.QUEUED, 0)
+    again = bench.store.claim("tiny", "node-a")
+    assert again is not None
+    folder = bench.spool.finished(again.id)
+    assert folder is not None
+    later = Publisher(bench.store, bench.storage, bench.spool, Drain())
+    later.take(Finished(again, folder))
+    later.wait()
+    done = bench.store.get(job.id)
+    assert done.state is JobState.SUCCEEDED
+    assert done.result is not None
+    assert done.result.video_key == f"jobs/{job.id}/2/video.mp4"
+
+
+def test_a_writer_that_died_fails_the_attempt(bench: Bench) -> None:
+    job = bench.claimed()
+    folder = bench.spool.folder(job)
+
+    def died() -> None:
+        raise ConnectionError("the rank is gone")
+
+    bench.publisher.take(Finished(job, folder, died))
+    bench.publisher.wait()
+    now = bench.store.get(job.id)
+    assert (now.state, now.attempts) == (JobState.QUEUED, 1)
+
+
+def test_the_spool_keeps_whole_videos_and_drops_half_ones(bench: Bench) -> None:
+    whole, half = bench.claimed(), bench.claimed()
+    finished = bench.made(whole)
+    assert finished.close is not None
+    finished.close()
+    bench.made(half)  # ffmpeg still runs
+    found = list(Spool(bench.spool.root).tidy())
+    assert found == [(whole.id, 1, finished.folder)]
+    assert not (bench.spool.root / half.id / "1").exists()
+    facts = read_facts(finished.folder)
+    assert facts is not None
+    assert (facts.frames, facts.width, facts.height, facts.fps) == (5, 64, 48, 16.0)
