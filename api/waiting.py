@@ -10,6 +10,7 @@ from fastapi.concurrency import run_in_threadpool
 
 from api.auth import ServicesDep
 from api.services import Services
+from jobs.events import START
 from jobs.job import Job
 
 WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})\"?(?:$|[,;\s])", re.IGNORECASE)
@@ -57,7 +58,7 @@ async def wait_for_change(svc: Services, job: Job, seconds: float) -> Job:
 async def _wait(svc: Services, job: Job, seconds: float, any_change: bool) -> Job:
     until = time.monotonic() + seconds
     version = job.version
-    after = "0-0"
+    after = START
     async with svc.watcher.subscribe(job.id) as subscription:
         while not job.terminal and not svc.stopping.is_set():
             left = until - time.monotonic()

@@ -7,13 +7,13 @@ task reads all watched streams at once and only wakes those who wait; each then 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import structlog
 from redis.exceptions import RedisError
 
 from jobs.client import AsyncRedisClient
-from jobs.errors import StoreUnavailable
+from jobs.events import START, Event, read_events_async
 from jobs.scripts import PREFIX
 
 log = structlog.get_logger("api")
@@ -21,20 +21,12 @@ BLOCK_MS = 200  # a stream that joins while the hub's read is blocked waits at m
 BATCH = 200  # events read at once by one watcher
 
 
-class Event(NamedTuple):
-    """One entry of a job's event stream."""
-
-    id: str  # the stream's own id, "milliseconds-number": what Last-Event-ID carries
-    type: str  # "job.progress"
-    data: str  # JSON
-
-
 class Subscription:
     """One watcher of one job."""
 
     def __init__(self, client: AsyncRedisClient, job_id: str) -> None:
         self._client = client
-        self._key = f"{PREFIX}events:{job_id}"
+        self._job_id = job_id
         self.wake = asyncio.Event()
 
     async def read(self, after: str, timeout: float) -> list[Event]:
@@ -51,13 +43,7 @@ class Subscription:
         return await self._now(after)
 
     async def _now(self, after: str) -> list[Event]:
-        try:
-            entries: list[Any] = await self._client.execute_command(
-                "XRANGE", self._key, f"({after}", "+", "COUNT", BATCH
-            )
-        except RedisError as error:
-            raise StoreUnavailable("the event stream cannot be read") from error
-        return [Event(str(entry), fields["type"], fields["data"]) for entry, fields in entries]
+        return await read_events_async(self._client, self._job_id, after, count=BATCH)
 
 
 class Watcher:
@@ -70,7 +56,7 @@ class Watcher:
         self._joined = asyncio.Event()
 
     @contextlib.asynccontextmanager
-    async def subscribe(self, job_id: str, after: str = "0-0") -> AsyncIterator[Subscription]:
+    async def subscribe(self, job_id: str, after: str = START) -> AsyncIterator[Subscription]:
         """Watch a job's events while the block runs."""
         key = f"{PREFIX}events:{job_id}"
         subscription = Subscription(self._client, job_id)

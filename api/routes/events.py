@@ -1,5 +1,6 @@
 """``GET /v1/jobs/{id}/events``: a job's life as server-sent events."""
 
+import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from api.problem import documented
 from api.routes.jobs import OWN, JobId, find
 from api.services import Services
 from jobs.errors import FieldProblem, JobNotFound, StoreUnavailable
-from jobs.events import valid_event_id
+from jobs.events import START, valid_event_id
 from jobs.job import JobState
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -24,7 +25,7 @@ HEADERS = {
     "X-Accel-Buffering": "no",  # nginx
 }
 EXAMPLE = (
-    "retry: 2000\n\n"
+    ": open\nretry: 2000\n"
     "id: 1763976600000-0\nevent: job.progress\n"
     'data: {"id":"job_0m7f...","state":"running","phase":"denoising","step":14,"progress":0.35,'
     '"eta_seconds":32.5,"attempts":0,"cancel_requested":false,"version":17,"error":null}\n\n'
@@ -58,7 +59,7 @@ async def events(
     after: Annotated[str | None, Query(description="The same, for clients that can't set headers.")] = None,
 ) -> Response:
     """Everything that has happened to the job, then what happens next, until it ends."""
-    start = last_event_id or after or "0-0"
+    start = last_event_id or after or START
     if not valid_event_id(start):
         raise invalid([FieldProblem("Last-Event-ID", p.shorten(start), "the `id` of an event, or nothing")])
     job = await run_in_threadpool(find, svc, key, job_id)
@@ -72,17 +73,20 @@ async def events(
 async def _stream(svc: Services, job_id: str, after: str) -> AsyncIterator[str]:
     svc.metrics.streams.inc()
     try:
-        yield "retry: 2000\n\n"
+        # Comments end in one newline: some clients take any blank line for an event.
+        yield ": open\n"
+        retry = "retry: 2000\n"
         async with svc.watcher.subscribe(job_id, after) as subscription:
             while not svc.stopping.is_set():
                 batch = await subscription.read(after, svc.settings.heartbeat_seconds)
                 for event in batch:
-                    yield f"id: {event.id}\nevent: {event.type}\ndata: {event.data}\n\n"
-                    after = event.id
+                    data = json.dumps(event.data, ensure_ascii=False, separators=(",", ":"))
+                    yield f"{retry}id: {event.id}\nevent: {event.type}\ndata: {data}\n\n"
+                    after, retry = event.id, ""
                 if batch and batch[-1].type in ENDS:
                     return
                 if not batch:
-                    yield ": heartbeat\n\n"
+                    yield ": heartbeat\n"
                     if await run_in_threadpool(_over, svc, job_id):
                         return
     except StoreUnavailable:

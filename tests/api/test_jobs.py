@@ -1,0 +1,334 @@
+"""Submitting, reading, listing, waiting, canceling, deleting, downloading."""
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from jobs.client import RedisClient
+from jobs.job import JobError, NewJob, Phase
+from jobs.keys import Scope
+from jobs.settings import Settings
+from jobs.storage import ObjectStore
+from jobs.store import JobStore
+from tests.api.conftest import MODEL, finish, submit
+from tests.support.jobs import new_job
+
+PROMPT = "a red ball rolls over a table"
+
+
+def test_submit_fills_in_the_models_defaults(client: httpx.Client) -> None:
+    answer = client.post("/v1/jobs", json={"prompt": PROMPT, "metadata": {"ref": "a"}})
+    assert answer.status_code == 202
+    job = answer.json()
+    assert answer.headers["location"] == job["links"]["self"]
+    assert job["state"] == "queued"
+    assert (job["progress"], job["phase"], job["eta_seconds"], job["attempts"]) == (0, None, None, 0)
+    assert job["queue_position"] == 0
+    assert client.get(job["links"]["self"]).json() == job
+    seed = job["request"].pop("seed")
+    assert 0 <= seed < 2**53
+    assert job["request"] == {
+        "prompt": PROMPT,
+        "negative_prompt": "",
+        "model": "tiny",
+        "size": "64*48",
+        "frame_num": 5,
+        "shift": 5.0,
+        "sampling_steps": 4,
+        "guide_scale": [3.0, 4.0],
+        "sample_solver": "unipc",
+        "image": None,
+    }
+    assert job["metadata"] == {"ref": "a"}
+
+
+def test_submit_keeps_every_field(client: httpx.Client) -> None:
+    sent = {
+        "prompt": PROMPT,
+        "negative_prompt": "blurry",
+        "model": "tiny",
+        "size": "128*96",
+        "frame_num": 9,
+        "shift": 3.5,
+        "sampling_steps": 7,
+        "guide_scale": 2.5,
+        "seed": 42,
+        "sample_solver": "dpm++",
+    }
+    extra = {"priority": "low", "deadline_seconds": 60, "webhook_events": ["job.failed", "job.started"]}
+    job = client.post("/v1/jobs", json={**sent, **extra}).json()
+    assert job["request"] == {**sent, "guide_scale": [2.5, 2.5], "image": None}
+    assert job["priority"] == "low"
+    assert job["webhook_events"] == ["job.failed", "job.started"]
+    assert job["deadline_at"] is not None
+
+
+def test_idempotency(client: httpx.Client, client_for: Callable[..., httpx.Client]) -> None:
+    headers = {"Idempotency-Key": "order-1"}
+    first = client.post("/v1/jobs", json={"prompt": PROMPT, "seed": 1}, headers=headers)
+    again = client.post("/v1/jobs", json={"seed": 1, "prompt": PROMPT}, headers=headers)
+    assert first.status_code == again.status_code == 202
+    assert first.json()["id"] == again.json()["id"]
+    assert "idempotent-replayed" not in first.headers
+    assert again.headers["idempotent-replayed"] == "true"
+    other = client.post("/v1/jobs", json={"prompt": PROMPT, "seed": 2}, headers=headers)
+    assert other.status_code == 422
+    assert other.json()["type"] == "/problems/idempotency-key-reused"
+    stranger = client_for().post("/v1/jobs", json={"prompt": PROMPT, "seed": 1}, headers=headers)
+    assert stranger.json()["id"] != first.json()["id"]
+    for bad in ("x" * 256, "a b", ""):
+        answer = client.post("/v1/jobs", json={"prompt": PROMPT}, headers={"Idempotency-Key": bad})
+        assert answer.status_code == 422
+        assert answer.json()["errors"][0]["field"] == "idempotency-key"
+
+
+def test_many_at_once_with_one_idempotency_key(client: httpx.Client) -> None:
+    def send(_: int) -> str:
+        answer = client.post("/v1/jobs", json={"prompt": PROMPT}, headers={"Idempotency-Key": "race"})
+        return str(answer.json()["id"])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(send, range(16)))) == 1
+
+
+def test_pages_are_complete_and_stable(client: httpx.Client) -> None:
+    ids = [submit(client)["id"] for _ in range(7)]
+    seen: list[str] = []
+    url = "/v1/jobs?limit=3"
+    for _ in range(5):
+        answer = client.get(url)
+        page = answer.json()
+        seen += [job["id"] for job in page["data"]]
+        submit(client)  # newer jobs don't shift the pages
+        assert page["has_more"] == (page["next_cursor"] is not None) == ("link" in answer.headers)
+        if not page["has_more"]:
+            break
+        url = answer.links["next"]["url"]
+        assert f"cursor={page['next_cursor']}" in url
+    assert seen == ids[::-1]
+
+
+def test_filters(client: httpx.Client, store: JobStore, settings: Settings) -> None:
+    first = submit(client, metadata={"ref": "a b&c"})
+    second = submit(client, metadata={"ref": "other"})
+    finish(store, settings)
+
+    def ids(**query: str) -> list[Any]:
+        return [job["id"] for job in client.get("/v1/jobs", params=query).json()["data"]]
+
+    assert ids(state="succeeded") == [first["id"]]
+    assert ids(state="queued") == [second["id"]]
+    assert ids(**{"metadata.ref": "a b&c"}) == [first["id"]]
+    assert ids(**{"metadata.ref": "a b&c", "state": "queued"}) == []
+    assert ids(model="tiny") == [second["id"], first["id"]]
+    assert ids(model="none") == []
+
+
+def test_admin_sees_all(client: httpx.Client, client_for: Callable[..., httpx.Client]) -> None:
+    job = submit(client)
+    admin = client_for(Scope.ADMIN)
+    assert [item["id"] for item in admin.get("/v1/jobs").json()["data"]] == [job["id"]]
+    assert admin.get(f"/v1/jobs/{job['id']}").status_code == 200
+
+
+def test_etag(client: httpx.Client, store: JobStore) -> None:
+    job = submit(client)
+    first = client.get(f"/v1/jobs/{job['id']}")
+    for tag in (first.headers["etag"], "W/" + first.headers["etag"], '"x", ' + first.headers["etag"], "*"):
+        same = client.get(f"/v1/jobs/{job['id']}", headers={"If-None-Match": tag})
+        assert same.status_code == 304
+        assert same.content == b""
+        assert same.headers["etag"] == first.headers["etag"]
+    page = client.get("/v1/jobs")
+    assert client.get("/v1/jobs", headers={"If-None-Match": page.headers["etag"]}).status_code == 304
+    store.claim(MODEL, "node-a")
+    moved = client.get(f"/v1/jobs/{job['id']}", headers={"If-None-Match": first.headers["etag"]})
+    assert moved.status_code == 200
+    assert moved.json()["state"] == "running"
+
+
+def test_progress_is_shown(client: httpx.Client, store: JobStore) -> None:
+    job_id = str(submit(client)["id"])
+    job = store.claim(MODEL, "node-a")
+    assert job is not None
+    store.heartbeat(job_id, job.token, phase=Phase.DENOISING, step=2, progress=0.5, eta_seconds=12.25)
+    seen = client.get(f"/v1/jobs/{job_id}").json()
+    assert (seen["phase"], seen["step"], seen["progress"], seen["eta_seconds"]) == (
+        "denoising",
+        2,
+        0.5,
+        12.25,
+    )
+    assert seen["queue_position"] is None
+    assert "token" not in seen
+    assert "owner" not in seen
+
+
+def test_failure_is_shown(client: httpx.Client, store: JobStore) -> None:
+    job_id = str(submit(client)["id"])
+    job = store.claim(MODEL, "node-a")
+    assert job is not None
+    error = JobError(type="bad-image", title="Bad image", detail="It is blank.", failure_class="user")
+    store.fail(job_id, job.token, error)
+    seen = client.get(f"/v1/jobs/{job_id}").json()
+    assert seen["state"] == "failed"
+    assert seen["error"] == error.model_dump(mode="json")
+
+
+def test_queue_position(client: httpx.Client) -> None:
+    jobs = [submit(client) for _ in range(3)]
+    assert [job["queue_position"] for job in jobs] == [0, 1, 2]
+    client.post(f"/v1/jobs/{jobs[0]['id']}/cancel")
+    assert client.get(f"/v1/jobs/{jobs[2]['id']}").json()["queue_position"] == 1
+
+
+def test_prefer_wait_ends_with_the_job(client: httpx.Client, store: JobStore, settings: Settings) -> None:
+    worker = threading.Timer(0.5, lambda: finish(store, settings))
+    worker.start()
+    began = time.monotonic()
+    answer = client.post("/v1/jobs", json={"prompt": PROMPT}, headers={"Prefer": "respond-async, wait=20"})
+    worker.join()
+    assert 0.4 < time.monotonic() - began < 15
+    assert answer.status_code == 200
+    assert answer.json()["state"] == "succeeded"
+    assert answer.headers["preference-applied"] == "wait=20"
+
+
+def test_prefer_wait_gives_up(client: httpx.Client) -> None:
+    began = time.monotonic()
+    answer = client.post("/v1/jobs", json={"prompt": PROMPT}, headers={"Prefer": "wait=1"})
+    assert 0.9 < time.monotonic() - began < 10
+    assert answer.status_code == 202
+    assert answer.json()["state"] == "queued"
+    strange = client.get(f"/v1/jobs/{answer.json()['id']}", headers={"Prefer": "wait=soon"})
+    assert strange.status_code == 200
+    assert "preference-applied" not in strange.headers
+
+
+def test_long_poll_with_an_etag(client: httpx.Client, store: JobStore) -> None:
+    """With If-None-Match the answer comes at the next change, and 304 when none came."""
+    url = f"/v1/jobs/{submit(client)['id']}"
+    tag = client.get(url).headers["etag"]
+    still = client.get(url, headers={"If-None-Match": tag, "Prefer": "wait=1"})
+    assert still.status_code == 304
+    worker = threading.Timer(0.5, lambda: store.claim(MODEL, "node-a"))
+    worker.start()
+    moved = client.get(url, headers={"If-None-Match": tag, "Prefer": "wait=20"})
+    worker.join()
+    assert moved.status_code == 200
+    assert moved.json()["state"] == "running"
+
+
+def test_cancel(client: httpx.Client, store: JobStore) -> None:
+    queued = str(submit(client)["id"])
+    answer = client.post(f"/v1/jobs/{queued}/cancel")
+    assert (answer.status_code, answer.json()["state"]) == (200, "canceled")
+    again = client.post(f"/v1/jobs/{queued}/cancel")
+    assert again.status_code == 409
+    assert again.json()["type"] == "/problems/wrong-state"
+    running = str(submit(client)["id"])
+    job = store.claim(MODEL, "node-a")
+    assert job is not None
+    answer = client.post(f"/v1/jobs/{running}/cancel")
+    assert (answer.status_code, answer.json()["state"]) == (202, "running")
+    assert answer.json()["cancel_requested"] is True
+    store.cancel_running(running, job.token)
+    assert client.get(f"/v1/jobs/{running}").json()["state"] == "canceled"
+
+
+def test_delete(client: httpx.Client, store: JobStore, settings: Settings) -> None:
+    job_id = str(submit(client)["id"])
+    assert client.delete(f"/v1/jobs/{job_id}").status_code == 409
+    job = finish(store, settings)
+    assert job.result is not None
+    assert ObjectStore(settings).head(job.result.video_key) is not None
+    assert client.delete(f"/v1/jobs/{job_id}").status_code == 204
+    assert client.get(f"/v1/jobs/{job_id}").status_code == 404
+    assert client.delete(f"/v1/jobs/{job_id}").status_code == 404
+    assert ObjectStore(settings).list_keys(f"jobs/{job_id}/") == []
+    assert client.get("/v1/jobs").json()["data"] == []
+
+
+def test_video_and_poster(client: httpx.Client, store: JobStore, settings: Settings) -> None:
+    job_id = str(submit(client)["id"])
+    early = client.get(f"/v1/jobs/{job_id}/video")
+    assert early.status_code == 409
+    assert "queued" in early.json()["detail"]
+    finish(store, settings)
+    for name, kind in (("video", "video/mp4"), ("poster", "image/jpeg")):
+        redirect = client.get(f"/v1/jobs/{job_id}/{name}")
+        assert redirect.status_code == 302
+        assert redirect.headers["cache-control"] == "no-store"
+        told = client.get(f"/v1/jobs/{job_id}/{name}", headers={"Accept": "application/json"}).json()
+        assert set(told) == {"url", "expires_at"}
+        for url in (redirect.headers["location"], told["url"]):
+            file = httpx.get(url)  # no key goes along: the signature alone opens it
+            assert file.status_code == 200
+            assert file.headers["content-type"] == kind
+        saved = client.get(f"/v1/jobs/{job_id}/{name}?download=true").headers["location"]
+        assert f"attachment; filename*=UTF-8''{job_id}." in httpx.get(saved).headers["content-disposition"]
+        part = httpx.get(told["url"], headers={"Range": "bytes=0-3"})
+        assert (part.status_code, len(part.content)) == (206, 4)
+        broken = told["url"].replace(job_id, "job_" + "0" * 25)
+        assert httpx.get(broken).status_code == 403
+
+
+def test_webhook_deliveries(client: httpx.Client, store: JobStore, settings: Settings, key: Any) -> None:
+    made: NewJob = new_job(
+        callback_url="https://hooks.example/x",
+        webhook_events=("job.started", "job.succeeded"),
+        key_id=client.get("/v1/key").json()["id"],
+    )
+    store.submit(made)
+    finish(store, settings)
+    url = f"/v1/jobs/{made.id}/webhooks"
+    data = client.get(url).json()["data"]
+    assert [item["event"] for item in data] == ["job.started", "job.succeeded"]
+    assert {item["state"] for item in data} == {"pending"}
+    assert data[1]["data"]["state"] == "succeeded"
+    again = client.post(f"{url}/{data[0]['id']}/redeliver")
+    assert again.status_code == 202
+    assert again.json()["id"] == data[0]["id"]
+    other = submit(client)
+    for path in (f"{url}/msg_none/redeliver", f"/v1/jobs/{other['id']}/webhooks/{data[0]['id']}/redeliver"):
+        assert client.post(path).json()["type"] == "/problems/not-found"
+
+
+def test_outstanding_jobs_are_limited(client_for: Callable[..., httpx.Client]) -> None:
+    client = client_for(max_outstanding=2)
+    submit(client)
+    submit(client)
+    answer = client.post("/v1/jobs", json={"prompt": PROMPT})
+    assert answer.status_code == 429
+    assert answer.json()["type"] == "/problems/queue-full"
+    assert int(answer.headers["retry-after"]) > 0
+
+
+def test_models_key_and_nodes(
+    client: httpx.Client, client_for: Callable[..., httpx.Client], redis: RedisClient, node: object
+) -> None:
+    model = client.get("/v1/models").json()["data"][0]
+    assert (model["id"], model["live"], model["sizes"]) == ("tiny", True, ["64*48", "128*96"])
+    assert model["defaults"]["guide_scale"] == [3.0, 4.0]
+    assert sorted(client.get("/v1/key").json()["scopes"]) == ["read", "submit"]
+    nodes = client_for(Scope.ADMIN).get("/v1/nodes").json()["data"]
+    assert [(item["id"], item["live"], item["state"]) for item in nodes] == [("node-a", True, "idle")]
+
+
+@pytest.mark.parametrize("public", ["https://reel.example", "https://reel.example/"])
+def test_links_use_the_public_address(settings: Settings, public: str, keys: Any) -> None:
+    from fastapi.testclient import TestClient
+
+    from api.app import create_app
+
+    _, plain, _ = keys.create("links")
+    with TestClient(create_app(settings.model_copy(update={"public_url": public}))) as inside:
+        job = inside.post(
+            "/v1/jobs", json={"prompt": PROMPT}, headers={"Authorization": f"Bearer {plain}"}
+        ).json()
+    assert job["links"]["events"] == f"https://reel.example/v1/jobs/{job['id']}/events"
