@@ -102,16 +102,11 @@ export async function refreshNodes() {
 }
 
 function nodeFacts(node) {
-  const d = node.details;
-  const parts = [];
-  if (node.model) parts.push(node.model);
-  if (node.job_id) parts.push(node.job_id);
-  if (d.ranks) parts.push(`${d.ranks} ${d.ranks === 1 ? "rank" : "ranks"}`);
-  if (d.gpu) parts.push(String(d.gpu));
-  const memory = d.memory_bytes ?? d.gpu_memory_bytes;
-  if (Array.isArray(memory) && memory.length) parts.push(`${(Math.max(...memory) / 2 ** 30).toFixed(1)} GiB on the fullest rank`);
-  else if (typeof memory === "number") parts.push(`${(memory / 2 ** 30).toFixed(1)} GiB`);
-  if (typeof d.step_seconds === "number") parts.push(`${d.step_seconds.toFixed(2)} s a step`);
-  if (node.seen_seconds_ago !== null && node.seen_seconds_ago > 5) parts.push(`seen ${duration(node.seen_seconds_ago)} ago`);
-  return parts.join(" · ");
+  const parts = [node.model, `${node.ranks} ${node.ranks === 1 ? "rank" : "ranks"}${node.layout ? ` (${node.layout})` : ""}`, node.device];
+  if (node.job_id) parts.push(`on ${node.job_id}`);
+  if (node.publishing_job_id) parts.push(`saving ${node.publishing_job_id}`);
+  for (const [name, value] of Object.entries(node.labels)) parts.push(`${name} ${value}`);
+  const silent = (Date.now() - Date.parse(node.seen_at)) / 1000;
+  if (!node.live) parts.push(`silent for ${duration(silent)}`);
+  return parts.filter(Boolean).join(" · ");
 }
