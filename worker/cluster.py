@@ -58,14 +58,6 @@ def vital_processes(timeout: float = 30.0) -> list[psutil.Process]:
         time.sleep(0.1)
 
 
-def alive(process: psutil.Process) -> bool:
-    """Whether a process still runs (a zombie does not)."""
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
 def _family() -> list[psutil.Process]:
     family: list[psutil.Process] = psutil.Process().children(recursive=True)
     return family

@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from engine.config import GenerationRequest, ModelSpec
 from jobs.job import FailureClass, Job
 from worker.plan import NodePlan
+from worker.processes import alive
 from worker.rank_actor import rank_actor_class
 from worker.reports import BadModel, Loaded, RankReport, Stop
 
@@ -41,7 +42,7 @@ class RankGroup:
         self._placement = placement
         self._ranks: list[Any] = []
         self.leader: Any = None  # rank 0's handle
-        self.pids: list[int] = []
+        self._processes: list[psutil.Process] = []  # the ranks' own, once they have loaded
 
     def start(self) -> ModelSpec:
         """Start all ranks and load the model. Raises BadModel, or GroupBroken when a rank won't start."""
@@ -61,13 +62,13 @@ class RankGroup:
                 [rank.ready.remote() for rank in self._ranks]
             )  # imports differ by seconds; meeting must not
             loaded: list[Loaded] = ray.get([rank.load.remote(rendezvous) for rank in self._ranks])
+            self._processes = [psutil.Process(rank.pid) for rank in loaded]
         except RayTaskError as error:
             if isinstance(error.cause, BadModel):
                 raise error.cause from None
             raise GroupBroken(FailureClass.INFRASTRUCTURE, f"a rank did not start: {_words(error)}") from None
-        except RayError as error:
+        except (RayError, psutil.Error) as error:
             raise GroupBroken(FailureClass.INFRASTRUCTURE, f"a rank did not start: {_words(error)}") from None
-        self.pids = [rank.pid for rank in loaded]
         return loaded[0].spec
 
     def generate(self, job: Job, request: GenerationRequest, folder: Path) -> RankReport:
@@ -97,19 +98,25 @@ class RankGroup:
             self.leader.stop.remote(why)
 
     def kill(self) -> None:
-        """Kill all ranks, which ends a running `generate` with GroupBroken. From any thread."""
+        """Kill all ranks, which ends a running `generate` with GroupBroken. From any thread.
+
+        By signal as well: Ray asks a process to kill itself, which a hung one never does.
+        """
         for rank in self._ranks:
             with contextlib.suppress(RayError):
                 ray.kill(rank)
+        for process in self._processes:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
 
     def end(self) -> None:
         """Kill all ranks and wait until their processes, and with them their GPUs' memory, are gone."""
         self.kill()
         self._ranks, self.leader = [], None
         deadline = time.monotonic() + END_SECONDS
-        while any(psutil.pid_exists(pid) for pid in self.pids) and time.monotonic() < deadline:
+        while any(map(alive, self._processes)) and time.monotonic() < deadline:
             time.sleep(0.05)
-        self.pids = []
+        self._processes = []
 
 
 class _Watch:

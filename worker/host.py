@@ -6,15 +6,17 @@ Run by the supervisor as `python -m worker.host`; see there for who ends whom.
 import logging
 import os
 import pickle
+import shutil
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
 
 from worker.plan import NodePlan
-from worker.processes import adopt_orphans, kill_descendants
+from worker.processes import adopt_orphans, alive, kill_descendants
 from worker.supervisor import EXIT_DONE, EXIT_FATAL, EXIT_REBUILD
 
 WATCH_SECONDS = 0.25
@@ -30,7 +32,7 @@ def main() -> int:
     """Host one cluster; the exit code tells the supervisor what to do next."""
     adopt_orphans()
     plan: NodePlan = pickle.load(sys.stdin.buffer)
-    orders = Orders()
+    orders = Orders(plan.run_dir)
     threading.Thread(target=orders.read, name="leash", daemon=True).start()
 
     from jobs.log import setup_logging
@@ -80,10 +82,8 @@ def host(plan: NodePlan, orders: "Orders") -> int:
 
 def check(vital: list[psutil.Process]) -> None:
     """Raise ClusterBroke when one of the cluster's vital processes has ended."""
-    from worker import cluster
-
     for process in vital:
-        if not cluster.alive(process):
+        if not alive(process):
             raise ClusterBroke(f"process {process.pid} of the cluster ended")
 
 
@@ -100,7 +100,8 @@ def ask(node: Any) -> Any:
 class Orders:
     """What the supervisor asks for, read from stdin; its end means that the supervisor is gone."""
 
-    def __init__(self) -> None:
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
         self.word: str | None = None
         self.changed = threading.Event()
 
@@ -110,6 +111,7 @@ class Orders:
             self.word = line.decode().strip()
             self.changed.set()
         kill_descendants()
+        shutil.rmtree(self.run_dir, ignore_errors=True)  # nobody else is left to do it
         os._exit(EXIT_REBUILD)
 
 

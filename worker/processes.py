@@ -39,3 +39,11 @@ def kill_descendants(timeout: float = 10.0) -> None:
                 process.kill()
         psutil.wait_procs(family, timeout=timeout / 20)
     log.warning("processes that would not die: %s", [p.pid for p in me.children(recursive=True)])
+
+
+def alive(process: psutil.Process) -> bool:
+    """Whether a process still runs (a zombie does not)."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

@@ -1,6 +1,7 @@
 """A real node: Ray, two gloo ranks, the tiny checkpoint, Redis, S3. The tests share it and run in order."""
 
 import json
+import shutil
 import signal
 import tempfile
 import time
@@ -99,6 +100,7 @@ def world() -> Iterator[World]:
             make_tiny(folder / "tiny"), folder,
         )  # fmt: skip
         proxy.close()
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
@@ -243,3 +245,28 @@ def test_drain_gives_back_and_leaves_no_process(world: World, node: NodeProcess)
     assert world.registry.list() == []
     assert node.leftovers() == []
     world.store.cancel(job_id)
+
+
+def test_a_supervisor_killed_hard_takes_everything_along(world: World) -> None:
+    with running_node(world.settings, world.model, world.folder / "second.log") as node:
+        until(lambda: [n for n in world.registry.list() if n.state == "idle"], 120, "the second node")
+        job_id = world.submit(**{**SLOW, "sampling_steps": 1000})
+        world.at_step(job_id, 5)
+        assert node.ranks()
+        node.process.kill()
+        node.process.wait()
+        assert node.leftovers() == []
+    world.store.cancel(job_id)
+
+
+def test_a_broken_checkpoint_ends_the_node_with_one_line(world: World) -> None:
+    broken = world.folder / "broken"
+    shutil.copytree(world.model, broken)
+    (broken / "Wan2.1_VAE.pth").unlink()
+    log = world.folder / "broken.log"
+    with running_node(world.settings, broken, log) as node:
+        assert node.process.wait(120) == 1
+    lines = [line for line in log.read_text().splitlines() if line.startswith("reel node: ")]
+    assert len(lines) == 1
+    assert "VAE.pth" in lines[0]
+    assert "Traceback" not in log.read_text()
