@@ -44,6 +44,8 @@ def main() -> int:
         log.error("cluster broke: %s", broke)
     except Exception:
         log.exception("the cluster did not come up")
+    while orders.cut:
+        time.sleep(1.0)
     return EXIT_REBUILD
 
 
@@ -103,6 +105,7 @@ class Orders:
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self.word: str | None = None
+        self.cut = False  # the supervisor is gone: the leash's thread ends everything
         self.changed = threading.Event()
 
     def read(self) -> None:
@@ -110,6 +113,7 @@ class Orders:
         for line in sys.stdin.buffer:
             self.word = line.decode().strip()
             self.changed.set()
+        self.cut = True
         kill_descendants()
         shutil.rmtree(self.run_dir, ignore_errors=True)  # nobody else is left to do it
         os._exit(EXIT_REBUILD)
