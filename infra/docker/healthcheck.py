@@ -1,0 +1,51 @@
+"""A container's health check: `python -m infra.docker.healthcheck api | celery | node`; exit code 0: healthy.
+
+api: /healthz answers 200. celery: Redis answers (the process itself is the container's). node: the registry
+has heard of it lately; a node is its container's only user of REEL_NODE_ID, or of its host name's.
+"""
+
+import os
+import socket
+import sys
+import urllib.error
+import urllib.request
+
+
+def api() -> bool:
+    """Whether the process answers; /readyz would also need a node, which may come later."""
+    port = os.environ.get("REEL_API_PORT", "8080")
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=4) as answer:
+            return bool(answer.status == 200)
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def celery() -> bool:
+    """Whether the broker answers."""
+    from jobs.client import connect
+    from jobs.settings import Settings
+
+    return bool(connect(Settings()).execute_command("PING"))
+
+
+def node() -> bool:
+    """Whether this node reports."""
+    from jobs.client import connect
+    from jobs.nodes import NodeRegistry
+    from jobs.settings import Settings
+
+    settings = Settings()
+    nodes = NodeRegistry(connect(settings)).list()
+    host = socket.gethostname()
+    return any(one.id == settings.node_id if settings.node_id else one.id.startswith(host) for one in nodes)
+
+
+if __name__ == "__main__":
+    checks = {"api": api, "celery": celery, "node": node}
+    if len(sys.argv) != 2 or sys.argv[1] not in checks:
+        sys.exit(f"got {sys.argv[1:]}, expected one of {', '.join(checks)}")
+    try:
+        sys.exit(0 if checks[sys.argv[1]]() else 1)
+    except Exception as error:
+        sys.exit(f"unhealthy: {error}")

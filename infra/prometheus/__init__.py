@@ -1,0 +1,1 @@
+"""Metrics of what nodes do, and the alerts on them."""

@@ -1,0 +1,398 @@
+"""Deployment files: schemas, linters, real command lines, metrics that exist; and each check refuses a
+tampered file.
+"""
+
+import copy
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import check_jsonschema
+import jsonschema
+import pytest
+import typer.main
+import yaml
+from packaging.requirements import Requirement
+
+from infra.cli import app
+from infra.docker.make_secrets import acl, make
+from infra.prometheus.exporter import Exporter, JobMetrics
+from infra.scaler.metrics import ScalerMetrics
+from jobs.client import connect
+from jobs.job import FailureClass, JobError, Phase
+from jobs.nodes import NodeInfo, NodeRegistry
+from jobs.settings import Settings
+from jobs.store import JobStore
+from tests.support.jobs import new_job, result
+from tests.support.redis import RedisServer, redis_server, rewind
+
+ROOT = Path(__file__).resolve().parents[2]
+INFRA = ROOT / "infra"
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+OWN = [
+    name for name, service in COMPOSE["services"].items() if "reelserve-" in service["image"] and name != "s3"
+]
+
+
+def check_compose(compose: dict[str, Any]) -> None:
+    """The published schema, and what the schema can't say."""
+    folder = Path(check_jsonschema.__file__).parent / "builtin_schemas" / "vendor"
+    jsonschema.validate(compose, json.loads((folder / "compose-spec.json").read_text()))
+    for name, service in compose["services"].items():
+        assert service["read_only"], name
+        assert service["cap_drop"] == ["ALL"], name
+        assert not str(service["user"]).startswith(("root", "0:")), name
+        assert "memory" in service["deploy"]["resources"]["limits"], name
+        assert "healthcheck" in service or name == "ops", name
+        assert "inside" in service["networks"], name
+        assert ":latest" not in service["image"], name
+        assert {*service.get("secrets", [])} <= {*compose["secrets"]}, name
+        assert {*service.get("depends_on", {})} <= {*compose["services"]}, name
+        if "build" in service:
+            targets = re.findall(r"AS (\S+)", (INFRA / "docker/Dockerfile").read_text())
+            assert service["build"]["target"] in targets, name
+        for key, value in service.get("environment", {}).items():
+            assert "PASSWORD" not in key or value.startswith("/run/secrets/"), f"{name}: {key}"
+            field = key.removeprefix("REEL_").removesuffix("_FILE").lower()
+            assert not key.startswith("REEL_") or field in Settings.model_fields, f"{name}: no setting {key}"
+    assert compose["networks"]["inside"]["internal"]
+
+
+def test_compose() -> None:
+    check_compose(COMPOSE)
+
+
+@pytest.mark.parametrize(
+    "tamper",
+    [
+        lambda c: c["services"]["api"].update(comand=["api"]),
+        lambda c: c["services"]["redis"].update(read_only=False),
+        lambda c: c["services"]["node-cpu"].update(user="root"),
+        lambda c: c["services"]["api"]["environment"].update(REEL_REDIS_ULR="x"),
+        lambda c: c["services"]["api"]["secrets"].append("none"),
+        lambda c: c["services"]["api"]["build"].update(target="apy"),
+        lambda c: c["services"]["s3"].pop("healthcheck"),
+        lambda c: c["networks"]["inside"].update(internal=False),
+    ],
+)
+def test_a_tampered_compose_file_is_refused(tamper: Callable[[dict[str, Any]], object]) -> None:
+    compose = copy.deepcopy(COMPOSE)
+    tamper(compose)
+    with pytest.raises((jsonschema.ValidationError, AssertionError)):
+        check_compose(compose)
+
+
+def parse_command(words: list[str]) -> None:
+    """Parse as the real CLI would, without running it."""
+    command: Any = typer.main.get_command(app)
+    context = command.make_context("reel", list(words))
+    while context.protected_args if hasattr(context, "protected_args") else context._protected_args:
+        name, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        context = command.make_context(name, rest, parent=context)
+        if not hasattr(command, "resolve_command"):
+            return
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("service", OWN)
+def test_each_services_command_line_is_one_of_the_real_cli(service: str) -> None:
+    words = COMPOSE["services"][service]["command"]
+    path = ["/models/demo", "/models/wan"]
+    parse_command([str(ROOT) if word in path else word for word in words])
+    with pytest.raises(Exception, match=r"(?i)no such|not one of|missing|unexpected"):
+        parse_command([*words, "--no-such-flag"])
+
+
+def hadolint(path: Path) -> subprocess.CompletedProcess[str]:
+    program = Path(sysconfig.get_path("scripts")) / "hadolint"
+    return subprocess.run([str(program), str(path)], capture_output=True, text=True, check=False)
+
+
+def test_dockerfile_is_clean_and_a_tampered_one_is_not(tmp_path: Path) -> None:
+    done = hadolint(INFRA / "docker/Dockerfile")
+    assert (done.returncode, done.stdout) == (0, "")
+    bad = tmp_path / "Dockerfile"
+    bad.write_text((INFRA / "docker/Dockerfile").read_text().replace("WORKDIR /src", "RUN cd /src"))
+    assert hadolint(bad).returncode != 0
+
+
+def closure(extra: str) -> set[str]:
+    """Every package that `pip install '.[extra]'` brings, by the installed packages' own words."""
+    seen: set[tuple[str, str]] = set()
+    todo = [("reelserve", extra), ("reelserve", "")]
+    while todo:
+        name, wanted = todo.pop()
+        if (name, wanted) in seen:
+            continue
+        seen.add((name, wanted))
+        try:
+            lines = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        for line in lines:
+            need = Requirement(line)
+            if need.marker is None or need.marker.evaluate({"extra": wanted}):
+                todo += [(need.name.lower(), one) for one in ("", *need.extras)]
+    return {name for name, _ in seen}
+
+
+@pytest.mark.parametrize("extra", ["api", "celery", "scaler"])
+def test_images_without_gpus_are_without_torch(extra: str) -> None:
+    assert not closure(extra) & {"torch", "ray", "triton", "transformers"}
+    assert {"torch", "ray"} <= closure("node")  # or this test sees nothing
+
+
+def promtool(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    program = shutil.which("promtool")
+    if program is None:
+        if os.environ.get("REEL_TEST_TOOLS") == "required":
+            pytest.fail("no promtool on the PATH: install Debian's `prometheus` package")
+        pytest.skip("no promtool here; CI installs it")
+    return subprocess.run([program, *map(str, args)], capture_output=True, text=True, check=False)
+
+
+def test_alerts_by_promtool() -> None:
+    folder = INFRA / "prometheus"
+    for args in (("check", "rules", folder / "alerts.yml"), ("test", "rules", folder / "alerts_test.yml")):
+        done = promtool(*args)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert promtool("check", "config", folder / "prometheus.yml").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("> 0.8", "> 0.95"), ("> 1800", "> 18000"), ("== 0\n", "== 1\n"), ("> 60\n", "> 600\n")]
+)
+def test_a_tampered_alert_fails_its_unit_test(old: str, new: str, tmp_path: Path) -> None:
+    text = (INFRA / "prometheus/alerts.yml").read_text()
+    assert old in text
+    (tmp_path / "alerts.yml").write_text(text.replace(old, new))
+    shutil.copy(INFRA / "prometheus/alerts_test.yml", tmp_path)
+    assert promtool("test", "rules", tmp_path / "alerts_test.yml").returncode != 0
+
+
+def exported() -> dict[str, set[str]]:
+    """Every series name that the code exports, with its labels."""
+    from api.metrics import Metrics
+
+    found: dict[str, set[str]] = {"up": {"job", "instance"}}
+    for registry in (Metrics().registry, ScalerMetrics().registry, JobMetrics().registry):
+        for collector in list(registry._collector_to_names):
+            labels = set(getattr(collector, "_labelnames", ()))
+            for name in registry._collector_to_names[collector]:
+                found[name] = labels | ({"le"} if name.endswith("_bucket") else set())
+    return found
+
+
+def check_query(query: str, known: dict[str, set[str]]) -> None:
+    """Only series that exist, only labels that they have."""
+    names = set(re.findall(r"\b(?:reel_\w+|up(?=\{))", query))
+    assert names, f"no series in {query}"
+    assert names <= known.keys(), f"unknown series {names - known.keys()}"
+    labels = {
+        label for group in re.findall(r"\{([^}]*)\}", query) for label in re.findall(r"(\w+)\s*[=!]", group)
+    }
+    labels |= {
+        word.strip() for group in re.findall(r"(?:by|on) \(([^)]*)\)", query) for word in group.split(",")
+    }
+    have = set().union(*(known[name] for name in names))
+    assert labels <= have, f"unknown labels {labels - have} in {query}"
+
+
+def queries() -> Iterator[tuple[str, str]]:
+    for panel in json.loads((INFRA / "grafana/reelserve.json").read_text())["panels"]:
+        yield from ((panel["title"], target["expr"]) for target in panel["targets"])
+    for rule in yaml.safe_load((INFRA / "prometheus/alerts.yml").read_text())["groups"][0]["rules"]:
+        yield rule["alert"], rule["expr"]
+
+
+def test_every_query_uses_metrics_that_exist_and_parses(tmp_path: Path) -> None:
+    known = exported()
+    rules = []
+    for number, (_, query) in enumerate(queries()):
+        check_query(query, known)
+        rules.append({"record": f"query:{number}", "expr": query})
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "all", "rules": rules}]}))
+    done = promtool("check", "rules", tmp_path / "rules.yml")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "query", ["reel_jobz", 'reel_jobs{stat="queued"}', "sum by (nodes) (reel_jobs)", "rate(x[5m])"]
+)
+def test_a_tampered_query_is_refused(query: str) -> None:
+    with pytest.raises(AssertionError):
+        check_query(query, exported())
+
+
+def test_every_alert_has_a_runbook() -> None:
+    page = (ROOT / "docs/operations.md").read_text()
+    for rule in yaml.safe_load((INFRA / "prometheus/alerts.yml").read_text())["groups"][0]["rules"]:
+        assert f"\n#### {rule['alert']}\n" in page
+        assert rule["annotations"]["runbook_url"] == f"docs/operations.md#{rule['alert'].lower()}"
+
+
+def check_node(manifest: dict[str, Any]) -> None:
+    """What must hold of a node in Kubernetes (its form was checked against KubeRay 1.7's published CRD)."""
+    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayCluster")
+    assert manifest["spec"]["authOptions"] == {"mode": "token"}
+    assert manifest["spec"]["rayVersion"] == importlib.metadata.version("ray")
+    pod = manifest["spec"]["headGroupSpec"]["template"]["spec"]
+    assert pod["securityContext"]["runAsNonRoot"]
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 8
+    grace = next(float(one["value"]) for one in container["env"] if one["name"] == "REEL_DRAIN_SECONDS")
+    assert pod["terminationGracePeriodSeconds"] > grace + 60
+    assert container["lifecycle"]["preStop"]["exec"]["command"][:2] == ["reel", "drain"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("", ""),
+        ("gpu: 8", "gpu: 7"),
+        ("Seconds: 720", "Seconds: 30"),
+        ("token", "none"),
+        ("reel, drain", "reel, dry"),
+    ],
+)
+def test_kuberay_node(old: str, new: str) -> None:
+    manifest = yaml.safe_load((INFRA / "kuberay/node.yaml").read_text().replace(old, new))
+    if not old:
+        check_node(manifest)
+        return
+    with pytest.raises(AssertionError):
+        check_node(manifest)
+
+
+def test_kubernetes_extras_select_what_exists() -> None:
+    documents = list(yaml.safe_load_all((INFRA / "kuberay/cluster.yaml").read_text()))
+    kinds = [document["kind"] for document in documents]
+    assert kinds.count("PodDisruptionBudget") == 2
+    by_kind = {document["kind"]: document for document in documents}
+    assert by_kind["NetworkPolicy"]["spec"]["ingress"] == []
+    keda = by_kind["ScaledObject"]["spec"]
+    assert keda["scaleTargetRef"]["name"] == by_kind["Deployment"]["metadata"]["name"]
+    check_query(keda["triggers"][0]["metadata"]["query"], exported())
+
+
+def test_skypilot_task_names_eight_gpus_and_real_settings() -> None:
+    task = yaml.safe_load((INFRA / "skypilot/node.yaml").read_text())
+    offers = task["resources"]["any_of"]
+    assert {offer["accelerators"] for offer in offers} == {"H100:8", "H200:8", "B200:8"}
+    assert {offer["use_spot"] for offer in offers} == {True, False}
+    for name in {**task["envs"], **task["secrets"]}:
+        field = name.removeprefix("REEL_").lower()
+        assert field in Settings.model_fields or name in ("REEL_MODEL", "REEL_MODEL_SOURCE")
+    subprocess.run(["bash", "-n"], input=task["setup"] + task["run"], text=True, check=True)
+
+
+@pytest.fixture
+def redis() -> Iterator[RedisServer]:
+    with redis_server() as server:
+        yield server
+
+
+def test_exporter_counts_each_ended_job_once(redis: RedisServer) -> None:
+    settings = Settings(redis_url=redis.url)
+    client: Any = connect(settings)
+    store, exporter = JobStore(client, settings), Exporter(settings)
+    exporter.look()
+    NodeRegistry(client).register(NodeInfo(id="n1", model="tiny", state="busy"))
+    for _ in range(3):
+        store.submit(new_job())
+    for number in range(3):
+        job = store.claim("tiny", "n1")
+        assert job is not None
+        if number == 0:  # the node dies once; the next claim takes the job over
+            rewind(client, job.id, lease=True)
+            job = store.claim("tiny", "n1")
+            assert job is not None
+        if number == 2:
+            error = JobError(type="bad", title="t", detail="d", failure_class=FailureClass.USER)
+            store.fail(job.id, job.token, error)
+        else:
+            store.heartbeat(job.id, job.token, phase=Phase.DENOISING, step=1, progress=0.5)
+            store.finish(job.id, job.token, result(job.id, job.token))
+        exporter.look()
+        exporter.look()
+    get = exporter.metrics.registry.get_sample_value
+    base = {"model": "tiny", "priority": "normal"}
+    assert get("reel_jobs_finished_total", {**base, "state": "succeeded"}) == 2
+    assert get("reel_jobs_finished_total", {**base, "state": "failed"}) == 1
+    assert get("reel_job_phase_seconds_sum", {"model": "tiny", "phase": "denoising"}) == 3.0
+    assert get("reel_attempts_failed_total", {"model": "tiny", "type": "lease-lost"}) == 1
+    assert get("reel_model_nodes", {"model": "tiny", "state": "busy"}) == 1
+    assert get("reel_redis_persistence_ok") == 0  # this server has no append-only file
+    assert (get("reel_redis_memory_bytes") or 0) > 0
+
+
+def test_redis_users_may_do_their_part_and_no_more(tmp_path: Path) -> None:
+    make(tmp_path / "secrets")
+    passwords = {role: role for role in ("api", "celery", "node", "ops")}
+    (tmp_path / "users.acl").write_text(acl(passwords))
+    with redis_server() as plain:
+        admin: Any = connect(Settings(redis_url=plain.url))
+        for line in acl(passwords).splitlines():
+            words = line.split()
+            if words[1] != "default":
+                admin.execute_command("ACL", "SETUSER", *words[1:])
+        api = JobStore(_as("api", plain), Settings())
+        job, _ = api.submit(new_job())
+        client = _as("node", plain)
+        store, registry = JobStore(client, Settings()), NodeRegistry(client)
+        registry.register(NodeInfo(id="n1", model="tiny"))
+        claimed = store.claim("tiny", "n1")
+        assert claimed is not None
+        store.heartbeat(claimed.id, claimed.token, phase=Phase.DENOISING, step=1, progress=0.5)
+        assert store.finish(claimed.id, claimed.token, result(job.id, 1)).terminal
+        for command in (("HGETALL", "reel:apikeys"), ("CONFIG", "GET", "*"), ("FLUSHALL",), ("GET", "other")):
+            with pytest.raises(Exception, match=r"(?i)permission"):
+                client.execute_command(*command)
+        assert "used_memory" in _as("celery", plain).execute_command("INFO")
+
+
+def _as(user: str, server: RedisServer) -> Any:
+    return connect(Settings(redis_url=server.url.replace("unix://", f"unix://{user}:{user}@")))
+
+
+def test_secrets_are_made_once_and_closed(tmp_path: Path) -> None:
+    folder = tmp_path / "secrets"
+    run = [sys.executable, str(INFRA / "docker/make_secrets.py"), str(folder)]
+    subprocess.run(run, check=True, capture_output=True)
+    assert folder.stat().st_mode & 0o077 == 0
+    assert {*COMPOSE["secrets"]} == {path.name for path in folder.iterdir()}
+    before = (folder / "secret_key").read_text()
+    subprocess.run(run, check=True, capture_output=True)
+    assert (folder / "secret_key").read_text() == before
+
+
+def test_redis_comes_back_from_a_backup(tmp_path: Path) -> None:
+    """The steps of docs/operations.md: BGSAVE, copy dump.rdb, start another server on it, turn the AOF on."""
+    with redis_server() as server:
+        settings = Settings(redis_url=server.url)
+        client: Any = connect(settings)
+        job, _ = JobStore(client, settings).submit(new_job())
+        client.execute_command("SAVE")
+        backup = (server.folder / "dump.rdb").read_bytes()
+    fresh = tmp_path / "r"
+    fresh.mkdir()
+    (fresh / "dump.rdb").write_bytes(backup)
+    restored = RedisServer(fresh)
+    restored.start()
+    try:
+        settings = Settings(redis_url=restored.url)
+        client = connect(settings)
+        client.execute_command("CONFIG", "SET", "appendonly", "yes")
+        claimed = JobStore(client, settings).claim("tiny", "n1")
+        assert claimed is not None
+        assert claimed.id == job.id
+    finally:
+        restored.stop()
