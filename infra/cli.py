@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from infra.commands import bench, generate, listen, local, operate, parts, run, scaler
+from infra.commands import bench, exporter, generate, listen, local, operate, parts, run, scaler
 from infra.errors import CliError
 
 app = typer.Typer(
@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (local, generate, run, parts, scaler, operate, listen, bench):
+for module in (local, generate, run, parts, scaler, exporter, operate, listen, bench):
     module.register(app)
 
 
