@@ -1,0 +1,139 @@
+"""`reel scaler` against a real Redis: what it reads, what it remembers, who leads."""
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.scaler.main import run
+from infra.scaler.memory import Leadership, RedisMemory, from_json
+from infra.scaler.observe import QueueSource, expected_seconds
+from infra.scaler.policy import Memory
+from jobs.client import connect
+from jobs.nodes import NodeInfo, NodeRegistry
+from jobs.settings import Settings
+from jobs.store import JobStore
+from tests.support.jobs import new_job, result, video_request
+from tests.support.redis import redis_server
+
+POOL = '[[pool]]\nmodel = "tiny"\ndriver = "simulated"\ntarget_wait = 3\nboot = 0\nremove_window = 0.01\n'
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with redis_server() as running:
+        yield running.url
+
+
+@pytest.fixture
+def settings(server: str) -> Settings:
+    made = Settings(redis_url=server)
+    connect(made).execute_command("FLUSHALL")
+    return made
+
+
+def test_the_queue_as_it_is(settings: Settings) -> None:
+    client: Any = connect(settings)
+    store = JobStore(client, settings)
+    source = QueueSource(store, NodeRegistry(client))
+    assert source.load("tiny") == (0, 0, None)
+    for _ in range(3):
+        store.submit(new_job())
+    job = store.claim("tiny", "n1")
+    assert job is not None
+    store.finish(job.id, job.token, result(job.id, job.token))  # 1.5 s of denoising
+    store.claim("tiny", "n1")
+    assert source.load("tiny") == (1, 1, 1.5)
+    assert source.load("other") == (0, 0, None)
+    assert abs(source.now() - time.time()) < 60
+
+
+def test_job_times_follow_the_shapes_that_wait(settings: Settings) -> None:
+    client: Any = connect(settings)
+    store = JobStore(client, settings)
+    done = []
+    for size, seconds in (("64*48", 2.0), ("64*48", 4.0), ("64*48", 90.0), ("128*96", 10.0)):
+        store.submit(new_job(request=video_request(size=size)))
+        job = store.claim("tiny", "n1")
+        assert job is not None
+        outcome = result(job.id, 1).model_copy(update={"seconds": {"denoising": seconds, "publishing": 50.0}})
+        done.append(store.finish(job.id, job.token, outcome))
+    small, large, new = (video_request(size=size) for size in ("64*48", "128*96", "256*256"))
+    assert expected_seconds(done, [small]) == 4.0  # the median, not the mean
+    assert expected_seconds(done, [small, large]) == 7.0
+    assert expected_seconds(done, [new]) == 7.0  # the median of all
+    assert expected_seconds([], [small]) is None
+
+
+def test_dry_run_says_why_and_writes_nothing(settings: Settings, tmp_path: Path) -> None:
+    client: Any = connect(settings)
+    store = JobStore(client, settings)
+    for _ in range(4):
+        store.submit(new_job())
+    keys = sorted(client.execute_command("KEYS", "*"))
+    (tmp_path / "s.toml").write_text(POOL + "job_seconds = 1.5\n")
+    said: list[str] = []
+    assert run(settings, tmp_path / "s.toml", dry_run=True, say=said.append) == 0
+    assert said[0] == "tiny: 0 nodes, 2 desired, target 2"
+    assert "  (4 waiting + 0 running) x 1.5 s (assumed) / 3 s -> 2 nodes" in said
+    assert "  would order 2" in said
+    assert sorted(client.execute_command("KEYS", "*")) == keys
+
+
+def test_one_pass_orders_and_remembers_over_a_restart(settings: Settings, tmp_path: Path) -> None:
+    client: Any = connect(settings)
+    JobStore(client, settings).submit(new_job())
+    (tmp_path / "s.toml").write_text(POOL + "job_seconds = 3\n")
+    for _ in range(2):  # the second finds the first one's order in its memory and makes no other
+        assert run(settings, tmp_path / "s.toml", once=True, say=lambda line: None) == 0
+        memory = RedisMemory(client).load("tiny")
+        assert len(memory.orders) == 1
+    assert client.execute_command("EXISTS", "reel:scaler:leader") == 0  # it left the lead
+
+
+def test_one_leads_and_a_dead_leader_is_followed(settings: Settings) -> None:
+    first, second = (Leadership(connect(settings), 0.4) for _ in range(2))
+    assert first.hold()
+    assert first.hold()
+    assert not second.hold()
+    second.leave()  # not its own to give up
+    assert not second.hold()
+    time.sleep(0.5)
+    assert second.hold()
+    assert not first.hold()
+    second.leave()
+    assert first.hold()
+
+
+def test_only_one_of_many_gets_the_lead(settings: Settings) -> None:
+    start, got = threading.Barrier(8), []
+
+    def try_it() -> None:
+        leader = Leadership(connect(settings), 30)
+        start.wait()
+        if leader.hold():
+            got.append(leader)
+
+    threads = [threading.Thread(target=try_it) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 1
+
+
+def test_drains_go_through_the_registry_and_odd_memory_is_named(settings: Settings) -> None:
+    client: Any = connect(settings)
+    registry = NodeRegistry(client)
+    registry.register(NodeInfo(id="n1", model="tiny", state="idle"))
+    source = QueueSource(JobStore(client, settings), registry)
+    source.drain("n1")
+    source.drain("unknown")
+    assert source.nodes("tiny")[0].drain_requested
+    assert source.nodes("other") == []
+    with pytest.raises(ValueError, match="delete the key"):
+        from_json("[1]")
+    assert from_json('{"failed_orders": 2, "later_field": 1}') == Memory(failed_orders=2)
