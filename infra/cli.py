@@ -10,7 +10,7 @@ import sys
 import typer
 
 from infra.commands import bench, exporter, generate, listen, local, operate, parts, run, scaler
-from infra.errors import CliError
+from infra.errors import CliError, Interrupted
 
 app = typer.Typer(
     name="reel",
@@ -36,7 +36,7 @@ def invoke(args: list[str] | None = None) -> int:
         return result if isinstance(result, int) else 0
     except CliError as error:
         return _complain(str(error))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted):
         return 130
     except BrokenPipeError:  # `reel jobs | head`
         with contextlib.suppress(OSError):

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from infra.client import TERMINAL, ReelClient
-from infra.errors import CliError
+from infra.errors import CliError, Interrupted
 from infra.local import LocalConfig, LocalStack, running
 from infra.models import PROJECT
 from infra.progress import JobProgress, end_of
-from infra.supervisor import Interrupted
 
 PROMPT = "A large red star glides to the right while spinning, under a starry sky"
 WEBHOOK_SECONDS = 30.0

@@ -20,7 +20,7 @@ from infra.errors import CliError
 from infra.models import default_model, given_model, gpus
 from infra.ports import HOST, PortBlock, is_free
 from infra.process import PartSpec
-from infra.reaper import MARKER
+from infra.reaper import guard
 from infra.redis_server import redis_part
 from infra.state import StackState, lock_data_dir
 from infra.supervisor import Supervisor
@@ -155,10 +155,10 @@ class LocalStack:
         return default_model(self.data_dir, self.log("make-tiny"), self._env({}), self.supervisor)
 
     def _env(self, extra: dict[str, str]) -> dict[str, str]:
-        """The environment of a part: ours, the stack's marker, no proxy for loopback, and `extra`."""
+        """The environment of a part: ours, no proxy for loopback, and `extra`."""
         direct = ",".join(filter(None, [os.environ.get("NO_PROXY", ""), HOST, "localhost"]))
-        marker = {MARKER: self.supervisor.stack_id, "PYTHONUNBUFFERED": "1"}
-        return {**os.environ, **marker, "NO_PROXY": direct, "no_proxy": direct, **extra}
+        plain = {"PYTHONUNBUFFERED": "1", "NO_PROXY": direct, "no_proxy": direct}
+        return {**os.environ, **plain, **extra}
 
     def _settings_env(self) -> dict[str, str]:
         state, s3 = self.state, f"http://{HOST}:{self._weed_ports[0]}"
@@ -241,7 +241,8 @@ class LocalStack:
 def running(config: LocalConfig, say: Say) -> Iterator[LocalStack]:
     """Start a stack, and stop it whatever happens in the block.
 
-    Raises CliError (a part that cannot start, a data dir in use) or Interrupted (SIGINT, SIGTERM, SIGHUP).
+    The process forks here, and the block runs in the child (see `infra.reaper.guard`). Raises CliError (a
+    part that cannot start, a data dir in use) or Interrupted (SIGINT, SIGTERM, SIGHUP).
     """
     if config.nodes < 1:
         raise CliError(f"--nodes: got {config.nodes}, expected 1 or more")
@@ -249,12 +250,13 @@ def running(config: LocalConfig, say: Say) -> Iterator[LocalStack]:
         given_model(config.model)  # before anything is started
     lock = lock_data_dir(config.data_dir)
     try:
+        guard()
         state = StackState.load(config.data_dir)
         ports = PortBlock.claim(state.port_base)
         state.port_base = ports.base
         state.save(config.data_dir)
         try:
-            with Supervisor(lock, say) as supervisor:
+            with Supervisor(say) as supervisor:
                 stack = LocalStack(config, supervisor, ports, state)
                 stack.start(say)
                 yield stack

@@ -1,37 +1,39 @@
-"""Leaving no process behind: parent-death signals, adoption of orphans, and a sweep by a marker.
+"""Leaving no process behind: parent-death signals, adoption of orphans, and a guard process around it all.
 
-Every process of a local stack carries ``REEL_STACK=<random id>`` in its environment, inherited by whatever
-it starts (Ray's daemons and workers too). Four layers, because each has a hole: the orderly stop needs a
-living supervisor; a parent-death signal reaches only direct children; a process group is left by any child
-that starts its own session; the sweep needs somebody to run it. That somebody, when the supervisor itself
-was killed, is the guardian (`infra/guardian.py`).
+`reel up` is two processes. The outer one (the guard) only forwards signals and waits; the inner one
+supervises the stack. Both adopt orphans, so that whatever loses its parent below them becomes their child,
+also what has a session of its own or has overwritten its environment. If the inner one is killed, the guard
+kills everything that it adopts; if the guard is killed, the inner one gets SIGTERM and stops in order. If
+both are killed at once, each part gets SIGKILL as its parent's last will.
 """
 
 import contextlib
 import ctypes
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
+from types import FrameType
 
-MARKER = "REEL_STACK"
+from infra.errors import Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PR_SET_CHILD_SUBREAPER = 36
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
-def die_with_parent(parent: int) -> Callable[[], None]:
-    """A `preexec_fn` that has the kernel kill the child when `parent`'s spawning thread ends (Linux).
+def die_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> Callable[[], None]:
+    """A `preexec_fn` that has the kernel send the child a signal when `parent`'s forking thread ends (Linux).
 
     Call Popen from the main thread only: the signal is tied to the thread that forked, see prctl(2).
     """
 
     def arm() -> None:
         if _LIBC is not None:
-            _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            _LIBC.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
             if os.getppid() != parent:  # it died before the line above
                 os._exit(1)
 
@@ -45,7 +47,7 @@ def adopt_orphans() -> None:
 
 
 def reap_orphans(known: Collection[int]) -> None:
-    """Collect ended children that were adopted; `known` are the pids that a Popen object waits for."""
+    """Collect ended children that were adopted; `known` are the pids that somebody else waits for."""
     for task in Path("/proc/self/task").glob("*/children"):
         with contextlib.suppress(OSError):
             for pid in map(int, task.read_text().split()):
@@ -54,84 +56,70 @@ def reap_orphans(known: Collection[int]) -> None:
                         os.waitpid(pid, os.WNOHANG)
 
 
-def marked(marker: str) -> list[int]:
-    """The pids of living processes, other than this one, whose environment carries `marker` (KEY=value)."""
-    key, _, value = marker.partition("=")
-    if not Path("/proc/self/environ").exists():
-        import psutil
+def kill_descendants(seconds: float = 30.0) -> int:
+    """SIGKILL everything below this process until nothing is left; how many there were.
 
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                if process.pid != os.getpid() and process.environ().get(key) == value:
-                    found.append(process.pid)
-        return found
-    wanted = marker.encode()
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
-        with contextlib.suppress(OSError):  # ended meanwhile, or another user's
-            if wanted in (entry / "environ").read_bytes().split(b"\0"):
-                found.append(int(entry.name))
-    return found
-
-
-def sweep(marker: str, spare: Collection[int] = (), seconds: float = 10.0) -> list[int]:
-    """SIGKILL every marked process except `spare` until none is left; returns the pids that were killed.
-
-    Repeats because a process that is being killed may just have started another.
+    Repeats because a process that is being killed may just have started another, and because orphans arrive
+    as their parents die.
     """
+    import psutil
+
     killed: set[int] = set()
     deadline = time.monotonic() + seconds
-    while left := [pid for pid in marked(marker) if pid not in spare]:
-        for pid in left:
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-        killed.update(left)
-        reap_orphans(spare)
+    while left := psutil.Process().children(recursive=True):
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    killed.add(process.pid)
+                process.kill()
+        reap_orphans(())
         if time.monotonic() > deadline:
             break
-        time.sleep(0.05)
-    return sorted(killed)
+        time.sleep(0.02)
+    return len(killed)
 
 
-class Guardian:
-    """The process that sweeps when this one is killed; it notices by the end of a pipe.
+def guard() -> None:
+    """Fork, and return in the child alone; this process waits, kills what is left, and exits as the child did.
 
-    It also keeps the data dir's lock (`lock_fd`) until it is done, so that a new stack cannot start on a
-    data dir whose old processes still die.
+    In the child SIGINT, SIGTERM and SIGHUP raise Interrupted until somebody handles them otherwise. Call it
+    while the process has one thread.
     """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent = os.getpid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    child = os.fork()
+    if child == 0:
+        os.setsid()  # a terminal's Ctrl-C reaches the guard, which forwards it once
+        die_with_parent(parent, signal.SIGTERM)()
+        _handle(_interrupt)
+        return
+    adopt_orphans()
+    _handle(lambda number, frame: _send(child, number))
+    status = _wait_for(child)
+    kill_descendants()
+    os._exit(os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status))
 
-    def __init__(self, marker: str, lock_fd: int) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "infra.guardian", marker],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            pass_fds=(lock_fd,),
-        )
 
-    def watch(self, pid: int) -> None:
-        """Name a direct child, which it shall kill even if the child has overwritten its environment."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.write(f"{pid}\n".encode())
-            self._process.stdin.flush()
+def _handle(handler: Callable[[int, FrameType | None], None]) -> None:
+    for number in SIGNALS:
+        signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
-    @property
-    def pid(self) -> int:
-        """Its process id, to be spared by the stack's own sweep."""
-        return self._process.pid
 
-    def dismiss(self) -> None:
-        """Close the pipe and wait for it to end."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(15)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+def _interrupt(number: int, _: FrameType | None) -> None:
+    raise Interrupted(number)
+
+
+def _send(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _wait_for(child: int) -> int:
+    """The child's wait status; collects adopted processes meanwhile."""
+    while True:
+        pid, status = os.waitpid(-1, 0)
+        if pid == child:
+            return status

@@ -1,25 +1,16 @@
 """Runs the parts of a local stack: starts, restarts with backoff, waits, and stops them in order."""
 
-import secrets
+import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterable
 from types import FrameType
 
-from infra.errors import CliError
+from infra.errors import CliError, Interrupted
 from infra.process import Part, PartSpec, describe_exit
-from infra.reaper import MARKER, Guardian, adopt_orphans, reap_orphans, sweep
+from infra.reaper import SIGNALS, adopt_orphans, kill_descendants, reap_orphans
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MAX_EARLY_DEATHS = 3  # of one part before the stack was ready: give up instead of retrying for ever
-
-
-class Interrupted(Exception):
-    """A signal asked the stack to stop."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
 
 
 class Supervisor:
@@ -29,46 +20,33 @@ class Supervisor:
     `pause`, which everything that waits must call.
     """
 
-    def __init__(self, lock_fd: int, say: Callable[[str], None]) -> None:
-        self.stack_id = secrets.token_hex(8)
+    def __init__(self, say: Callable[[str], None]) -> None:
         self.parts: list[Part] = []
         self.ready = False  # from then on a death is an incident to heal, not a failed start
-        self._say = say
-        self._lock_fd = lock_fd
+        self._tell = say
         self._signals: list[int] = []
         self._previous: dict[int, object] = {}
-        self._guardian: Guardian | None = None
         self._chores: list[Part] = []
 
-    @property
-    def marker(self) -> str:
-        """The environment entry that all processes of the stack carry."""
-        return f"{MARKER}={self.stack_id}"
-
     def __enter__(self) -> "Supervisor":
-        for number in _SIGNALS:
+        for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._on_signal)
         adopt_orphans()
-        self._guardian = Guardian(self.marker, self._lock_fd)
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._guardian is not None
         try:
             self._stop_in_order()
         finally:
-            left = sweep(self.marker, spare=[self._guardian.pid])
-            self._guardian.dismiss()
-            reap_orphans(())
-            if left:
-                self._say(f"killed {len(left)} processes that had outlived their part")
+            if left := kill_descendants():
+                self._say(f"killed {left} processes that had outlived their part")
             for number, handler in self._previous.items():
                 signal.signal(number, handler)  # type: ignore[arg-type]
 
     def add(self, spec: PartSpec) -> Part:
         """Start a part and look after it from now on."""
         part = Part(spec)
-        self._start(part)
+        part.start()
         self.parts.append(part)
         return part
 
@@ -77,7 +55,7 @@ class Supervisor:
         part = Part(spec)
         self._chores.append(part)
         try:
-            self._start(part)
+            part.start()
             self.wait_for(part.stopped, seconds, spec.name, part)
             if status := part.died():
                 raise CliError(f"{spec.name} failed ({describe_exit(status)}):\n{part.log_tail()}")
@@ -113,14 +91,9 @@ class Supervisor:
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         self._signals.append(number)
 
-    def _start(self, part: Part) -> None:
-        part.start()
-        self._watch(part)
-
-    def _watch(self, part: Part) -> None:
-        assert self._guardian is not None
-        assert part.pid is not None
-        self._guardian.watch(part.pid)
+    def _say(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # whoever read our output may be gone; the stack still has to stop
+            self._tell(text)
 
     def _heal(self) -> None:
         for part in self.parts:
@@ -128,11 +101,9 @@ class Supervisor:
             if status is not None:
                 self._after_death(part, status)
             elif part.restart_if_due():
-                self._watch(part)
                 self._say(f"{part.spec.name} started again (pid {part.pid})")
-        assert self._guardian is not None
         children = [part.pid for part in (*self.parts, *self._chores)]
-        reap_orphans({self._guardian.pid, *(pid for pid in children if pid is not None)})
+        reap_orphans([pid for pid in children if pid is not None])
 
     def _after_death(self, part: Part, status: int) -> None:
         if not self.ready and (status == 1 or part.deaths >= MAX_EARLY_DEATHS):

@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
+from infra.errors import Interrupted
 from infra.local import LocalConfig, LocalStack, running
 from infra.stack_env import write_stack_env
-from infra.supervisor import Interrupted
 
 
 def say(text: str) -> None:

@@ -6,10 +6,11 @@ Usage: python -m tests.infra.supervised FOLDER CASE
 import sys
 from pathlib import Path
 
-from infra.errors import CliError
+from infra.errors import CliError, Interrupted
 from infra.process import PartSpec
+from infra.reaper import guard
 from infra.state import lock_data_dir
-from infra.supervisor import Interrupted, Supervisor
+from infra.supervisor import Supervisor
 
 # A child with a grandchild in a session of its own, which no process group or parent-death signal reaches.
 FAMILY = """
@@ -42,13 +43,13 @@ def main(folder: Path, case: str) -> int:
     import os
 
     try:
-        lock = lock_data_dir(folder)
-        with Supervisor(lock, lambda text: print(text, flush=True)) as supervisor:
-            env = {**os.environ, **dict([supervisor.marker.split("=")])}
+        lock_data_dir(folder)
+        guard()
+        with Supervisor(lambda text: print(text, flush=True)) as supervisor:
             for number, code in enumerate(CASES[case]):
                 argv = (sys.executable, "-c", code)
                 log = folder / f"part-{number}.log"
-                supervisor.add(PartSpec(f"part-{number}", argv, env, log, folder, stop_seconds=0.5))
+                supervisor.add(PartSpec(f"part-{number}", argv, os.environ, log, folder, stop_seconds=0.5))
             first = supervisor.parts[0]
             supervisor.wait_for(lambda: "is up" in first.log_tail(), 20, "the part", first)
             if case != "wrong":

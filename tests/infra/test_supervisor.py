@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from infra.reaper import marked
 from infra.supervisor import Supervisor
+from tests.support.processes import marked
 
 MARK = "REEL_TEST_MARK"
 
@@ -68,7 +69,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[str], Supervised]]:
         item.process.kill()
         item.out.close()
         item.process.wait()
-        assert item.gone(), "the guardian left something"
+        assert item.gone(), "something was left"
 
 
 def test_a_killed_part_is_started_again(start: Callable[[str], Supervised]) -> None:
@@ -83,7 +84,7 @@ def test_a_killed_part_is_started_again(start: Callable[[str], Supervised]) -> N
 def test_a_signal_stops_everything(number: signal.Signals, start: Callable[[str], Supervised]) -> None:
     supervised = start("family")
     supervised.line("up ")
-    assert len(marked(supervised.mark)) == 4  # itself, its guardian, child and grandchild
+    assert len(marked(supervised.mark)) == 4  # the guard, the supervisor, child and grandchild
     supervised.process.send_signal(number)
     assert supervised.process.wait(20) == 0
     assert marked(supervised.mark) == []
@@ -91,7 +92,7 @@ def test_a_signal_stops_everything(number: signal.Signals, start: Callable[[str]
 
 def test_a_signal_during_the_start_stops_everything(start: Callable[[str], Supervised]) -> None:
     supervised = start("family")
-    assert until(lambda: len(marked(supervised.mark)) > 1, 20)  # the guardian or the child is there
+    assert until(lambda: len(marked(supervised.mark)) > 1, 20)  # the supervisor is there
     supervised.process.terminate()
     assert supervised.process.wait(20) == 0
     assert marked(supervised.mark) == []
@@ -107,11 +108,23 @@ def test_a_part_that_ignores_sigterm_is_killed(start: Callable[[str], Supervised
     assert marked(supervised.mark) == []
 
 
-def test_a_killed_supervisor_leaves_nothing(start: Callable[[str], Supervised]) -> None:
+@pytest.mark.parametrize("victims", ["guard", "supervisor", "both"])
+def test_a_killed_supervisor_leaves_nothing(victims: str, start: Callable[[str], Supervised]) -> None:
     supervised = start("family")
-    supervised.line("up ")
-    supervised.process.kill()
+    part = int(supervised.line("up ").split()[1])
+    inner = psutil.Process(part).ppid()
+    assert psutil.Process(inner).ppid() == supervised.process.pid
+    # "both" can't be at the same moment; stopped, the first one has no time for its orderly stop
+    os.kill(inner, signal.SIGSTOP) if victims == "both" else None
+    if victims != "supervisor":
+        supervised.process.kill()
+    if victims != "guard":
+        os.kill(inner, signal.SIGKILL)
     supervised.process.wait()
+    if victims == "both":  # the grandchild's session is beyond reach then; the parts are not
+        assert until(lambda: not psutil.pid_exists(part), 20)
+        for pid in marked(supervised.mark):
+            os.kill(pid, signal.SIGKILL)
     assert supervised.gone()
 
 
@@ -160,5 +173,5 @@ def test_backoff_doubles_up_to_its_limit() -> None:
 def test_importing_the_supervisor_changes_nothing() -> None:
     """Signals and the subreaper are set when it is entered, not before."""
     before = signal.getsignal(signal.SIGTERM)
-    Supervisor(0, print)
+    Supervisor(print)
     assert signal.getsignal(signal.SIGTERM) is before

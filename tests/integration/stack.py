@@ -1,6 +1,5 @@
 """A `reel up` process for tests, started as a user would; all processes below it carry a mark of its own."""
 
-import contextlib
 import os
 import secrets
 import signal
@@ -11,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from infra.client import ReelClient
-from infra.reaper import marked
+from tests.support.processes import marked
 
 START_SECONDS = 240.0  # two busy cores; an idle machine takes about 20
 
@@ -51,39 +50,26 @@ class Stack:
         """A client with the stack's own key."""
         return ReelClient(self.url, self.api_key)
 
+    def supervisor(self) -> int:
+        """The inner process: `reel up` itself is its guard."""
+        return next(pid for pid in self.pids() if parent_of(pid) == self.process.pid)
+
     def pid_of(self, part: str) -> int:
-        """The process of a part, by its log's last start and its command line."""
-        words = {"redis": "redis-server", "weed": "weed", "api": "api", "celery-worker": "worker"}[part]
+        """The process of a part, by its command line."""
+        word = {"redis": "redis-server", "celery-worker": "worker"}.get(part, part)
+        supervisor = self.supervisor()
         for pid in self.pids():
-            try:
-                command = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-                parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-            if parent == self.process.pid and any(Path(word).name.startswith(words) for word in command[:5]):
+            if parent_of(pid) == supervisor and any(Path(w).name.startswith(word) for w in command(pid)[:5]):
                 return pid
-        raise AssertionError(f"no process of {part}")
+        raise AssertionError(f"no process of {part}: {self.processes()}")
 
     def pids(self) -> list[int]:
-        """All that carries the mark, or works in the data dir: redis-server overwrites its environment."""
-        found = set(marked(self.mark))
-        for entry in Path("/proc").iterdir():
-            with contextlib.suppress(OSError):
-                if entry.name.isdigit() and (entry / "cwd").readlink().is_relative_to(self.data):
-                    found.add(int(entry.name))
-        return sorted(found)
+        """All its processes."""
+        return marked(self.mark, self.data)
 
     def processes(self) -> list[str]:
         """The command lines of all its processes."""
-        lines = []
-        for pid in self.pids():
-            try:
-                lines.append(
-                    f"{pid} {Path(f'/proc/{pid}/cmdline').read_bytes().decode().replace(chr(0), ' ')}"
-                )
-            except OSError:
-                continue
-        return lines
+        return [f"{pid} {' '.join(command(pid))}" for pid in self.pids()]
 
     def interrupt(self, seconds: float = 60.0) -> int:
         """SIGINT, as Ctrl-C sends it; the exit code."""
@@ -101,6 +87,22 @@ class Stack:
                 self.process.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()
+
+
+def command(pid: int) -> list[str]:
+    """A process's command line; empty when it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+    except OSError:
+        return []
+
+
+def parent_of(pid: int) -> int:
+    """The parent's process id; 0 when it has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def until(done: Callable[[], bool], seconds: float) -> bool:
