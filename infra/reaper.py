@@ -80,7 +80,7 @@ def kill_descendants(seconds: float = 30.0) -> int:
 
 
 def guard() -> None:
-    """Fork, and return in the child alone; this process waits, kills what is left, and exits as the child did.
+    """Fork, and return in the child alone; this process waits, kills what is left, exits as the child did.
 
     In the child SIGINT, SIGTERM and SIGHUP raise Interrupted until somebody handles them otherwise. Call it
     while the process has one thread.

@@ -233,7 +233,7 @@ def _pairs(reply: Any) -> list[tuple[str, float]]:
 
 
 def run(settings: Settings, port: int) -> int:
-    """Serve /metrics on `port` and look every LOOK_SECONDS, until the process is told to end; the exit code."""
+    """Serve /metrics on `port`, look every LOOK_SECONDS, until the process is told to end; the exit code."""
     exporter = Exporter(settings)
     exporter.look()  # a Redis that is away at the start is an error; later it only shows in the metrics
     start_http_server(port, registry=exporter.metrics.registry)
