@@ -55,13 +55,13 @@ from jobs.settings import Settings
 PREFIX = "reel:"
 EVENTS_CAP = 1000  # entries a job's stream keeps, about
 _PRELUDE = ("_base", "_lanes", "_notify", "_moves")
-_FOLDER = Path(__file__).parent / "lua"
+FOLDER = Path(__file__).parent / "lua"
 
 
 @cache
 def source(name: str) -> str:
     """The full text of script `name`, prelude included."""
-    return "\n".join((_FOLDER / f"{part}.lua").read_text() for part in (*_PRELUDE, name))
+    return "\n".join((FOLDER / f"{part}.lua").read_text() for part in (*_PRELUDE, name))
 
 
 class Scripts:

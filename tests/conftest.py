@@ -2,12 +2,16 @@
 
 import os
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 # Before torch is imported anywhere: tiny tensors are slower on many threads.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Before triton is imported anywhere, since its own library is compiled or interpreted at that moment.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 for _name in list(os.environ):
     if (_name.startswith("REEL_") and not _name.startswith("REEL_TEST_")) or _name.lower() in (
         "http_proxy",

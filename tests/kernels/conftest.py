@@ -1,6 +1,6 @@
 """Kernels run on the GPU where there is one, else under Triton's interpreter on the CPU.
 
-The switch must be set before any kernel module is imported; `kernels` imports them lazily for that.
+The switch is set in tests/conftest.py, before anything imports triton.
 """
 
 import os
@@ -11,9 +11,6 @@ import pytest
 import torch
 
 from tests.kernels.interpreter import round_like_hardware
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
