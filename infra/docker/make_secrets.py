@@ -1,7 +1,7 @@
 """Make the secrets that docker-compose.yml mounts, once: `python infra/docker/make_secrets.py [FOLDER]`.
 
 Standard library only. An existing folder is left alone, so that a second run changes no password. Redis gets
-one user a role: a node can neither read API keys nor administer Redis.
+one user a role: neither a node nor the scaler can read API keys or administer Redis.
 """
 
 import json
@@ -26,14 +26,17 @@ WHOLE_KEYS = (
     "nodes",
     "models",
 )
-ROLES = ("api", "celery", "node", "ops")
+ROLES = ("api", "celery", "node", "scaler", "ops")
 
 
 def key_patterns(role: str) -> str:
     """Which keys a role's user may touch."""
-    if role != "node":
+    if role not in ("node", "scaler"):
         return "~reel:*"
-    return " ".join([*(f"~reel:{name}:*" for name in JOB_KEYS), *(f"~reel:{name}" for name in WHOLE_KEYS)])
+    more = ["~reel:scaler:*"] if role == "scaler" else []
+    return " ".join(
+        [*(f"~reel:{name}:*" for name in JOB_KEYS), *(f"~reel:{name}" for name in WHOLE_KEYS), *more]
+    )
 
 
 def acl(passwords: dict[str, str]) -> str:

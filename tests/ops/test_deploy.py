@@ -18,19 +18,18 @@ from typing import Any
 import check_jsonschema
 import jsonschema
 import pytest
-import typer.main
 import yaml
 from packaging.requirements import Requirement
 
-from infra.cli import app
 from infra.docker.make_secrets import acl, make
-from infra.prometheus.exporter import Exporter, JobMetrics
-from infra.scaler.metrics import ScalerMetrics
+from infra.prometheus.exporter import Exporter
 from jobs.client import connect
 from jobs.job import FailureClass, JobError, Phase
 from jobs.nodes import NodeInfo, NodeRegistry
 from jobs.settings import Settings
 from jobs.store import JobStore
+from tests.ops.cli import parse_command
+from tests.ops.queries import check_query, exported
 from tests.support.jobs import new_job, result
 from tests.support.redis import RedisServer, redis_server, rewind
 
@@ -88,17 +87,6 @@ def test_a_tampered_compose_file_is_refused(tamper: Callable[[dict[str, Any]], o
     tamper(compose)
     with pytest.raises((jsonschema.ValidationError, AssertionError)):
         check_compose(compose)
-
-
-def parse_command(words: list[str]) -> None:
-    """Parse as the real CLI would, without running it."""
-    command: Any = typer.main.get_command(app)
-    context = command.make_context("reel", list(words))
-    while context.protected_args if hasattr(context, "protected_args") else context._protected_args:
-        name, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
-        context = command.make_context(name, rest, parent=context)
-        if not hasattr(command, "resolve_command"):
-            return
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -178,34 +166,6 @@ def test_a_tampered_alert_fails_its_unit_test(old: str, new: str, tmp_path: Path
     assert promtool("test", "rules", tmp_path / "alerts_test.yml").returncode != 0
 
 
-def exported() -> dict[str, set[str]]:
-    """Every series name that the code exports, with its labels."""
-    from api.metrics import Metrics
-
-    found: dict[str, set[str]] = {"up": {"job", "instance"}}
-    for registry in (Metrics().registry, ScalerMetrics().registry, JobMetrics().registry):
-        for collector in list(registry._collector_to_names):
-            labels = set(getattr(collector, "_labelnames", ()))
-            for name in registry._collector_to_names[collector]:
-                found[name] = labels | ({"le"} if name.endswith("_bucket") else set())
-    return found
-
-
-def check_query(query: str, known: dict[str, set[str]]) -> None:
-    """Only series that exist, only labels that they have."""
-    names = set(re.findall(r"\b(?:reel_\w+|up(?=\{))", query))
-    assert names, f"no series in {query}"
-    assert names <= known.keys(), f"unknown series {names - known.keys()}"
-    labels = {
-        label for group in re.findall(r"\{([^}]*)\}", query) for label in re.findall(r"(\w+)\s*[=!]", group)
-    }
-    labels |= {
-        word.strip() for group in re.findall(r"(?:by|on) \(([^)]*)\)", query) for word in group.split(",")
-    }
-    have = set().union(*(known[name] for name in names))
-    assert labels <= have, f"unknown labels {labels - have} in {query}"
-
-
 def queries() -> Iterator[tuple[str, str]]:
     for panel in json.loads((INFRA / "grafana/reelserve.json").read_text())["panels"]:
         yield from ((panel["title"], target["expr"]) for target in panel["targets"])
@@ -237,61 +197,6 @@ def test_every_alert_has_a_runbook() -> None:
     for rule in yaml.safe_load((INFRA / "prometheus/alerts.yml").read_text())["groups"][0]["rules"]:
         assert f"\n#### {rule['alert']}\n" in page
         assert rule["annotations"]["runbook_url"] == f"docs/operations.md#{rule['alert'].lower()}"
-
-
-def check_node(manifest: dict[str, Any]) -> None:
-    """What must hold of a node in Kubernetes (its form was checked against KubeRay 1.7's published CRD)."""
-    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayCluster")
-    assert manifest["spec"]["authOptions"] == {"mode": "token"}
-    assert manifest["spec"]["rayVersion"] == importlib.metadata.version("ray")
-    pod = manifest["spec"]["headGroupSpec"]["template"]["spec"]
-    assert pod["securityContext"]["runAsNonRoot"]
-    (container,) = pod["containers"]
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == 8
-    grace = next(float(one["value"]) for one in container["env"] if one["name"] == "REEL_DRAIN_SECONDS")
-    assert pod["terminationGracePeriodSeconds"] > grace + 60
-    assert container["lifecycle"]["preStop"]["exec"]["command"][:2] == ["reel", "drain"]
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("", ""),
-        ("gpu: 8", "gpu: 7"),
-        ("Seconds: 720", "Seconds: 30"),
-        ("token", "none"),
-        ("reel, drain", "reel, dry"),
-    ],
-)
-def test_kuberay_node(old: str, new: str) -> None:
-    manifest = yaml.safe_load((INFRA / "kuberay/node.yaml").read_text().replace(old, new))
-    if not old:
-        check_node(manifest)
-        return
-    with pytest.raises(AssertionError):
-        check_node(manifest)
-
-
-def test_kubernetes_extras_select_what_exists() -> None:
-    documents = list(yaml.safe_load_all((INFRA / "kuberay/cluster.yaml").read_text()))
-    kinds = [document["kind"] for document in documents]
-    assert kinds.count("PodDisruptionBudget") == 2
-    by_kind = {document["kind"]: document for document in documents}
-    assert by_kind["NetworkPolicy"]["spec"]["ingress"] == []
-    keda = by_kind["ScaledObject"]["spec"]
-    assert keda["scaleTargetRef"]["name"] == by_kind["Deployment"]["metadata"]["name"]
-    check_query(keda["triggers"][0]["metadata"]["query"], exported())
-
-
-def test_skypilot_task_names_eight_gpus_and_real_settings() -> None:
-    task = yaml.safe_load((INFRA / "skypilot/node.yaml").read_text())
-    offers = task["resources"]["any_of"]
-    assert {offer["accelerators"] for offer in offers} == {"H100:8", "H200:8", "B200:8"}
-    assert {offer["use_spot"] for offer in offers} == {True, False}
-    for name in {**task["envs"], **task["secrets"]}:
-        field = name.removeprefix("REEL_").lower()
-        assert field in Settings.model_fields or name in ("REEL_MODEL", "REEL_MODEL_SOURCE")
-    subprocess.run(["bash", "-n"], input=task["setup"] + task["run"], text=True, check=True)
 
 
 @pytest.fixture
@@ -336,7 +241,7 @@ def test_exporter_counts_each_ended_job_once(redis: RedisServer) -> None:
 
 def test_redis_users_may_do_their_part_and_no_more(tmp_path: Path) -> None:
     make(tmp_path / "secrets")
-    passwords = {role: role for role in ("api", "celery", "node", "ops")}
+    passwords = {role: role for role in ("api", "celery", "node", "scaler", "ops")}
     (tmp_path / "users.acl").write_text(acl(passwords))
     with redis_server() as plain:
         admin: Any = connect(Settings(redis_url=plain.url))
