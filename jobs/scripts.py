@@ -27,6 +27,7 @@ deliveries:<id>            list   a job's webhooks in order                    r
 pending:<id>               list   those not yet ended                          when they end
 outbox                     zset   each job's oldest pending webhook by due     delivered or dead
 outbox:dead                zset   webhooks given up                            redeliver, purge
+outcomes                   hash   webhook attempts ever, by outcome            4 fields
 gone:<sha1 of url>         string the address answered 410                     1 day
 nodes, node:<id>           zset,  node registry (plain commands, no scripts)   NODE_SECONDS after a beat
                            string

@@ -19,6 +19,7 @@ from jobs.storage import ObjectStore
 from jobs.store import JobStore
 from worker.claims import ClaimLoop
 from worker.drain import Drain
+from worker.gpus import GpuMeter
 from worker.group import GroupBroken, RankGroup
 from worker.lease import tell
 from worker.logs import join_logs
@@ -48,6 +49,7 @@ class NodeActor:
         self.group = RankGroup(plan, placement)
         self.loop: ClaimLoop | None = None  # None until the ranks are up
         self.info = NodeInfo(id=plan.node_id, model="", ranks=plan.ranks, host=socket.gethostname())
+        self.meter = GpuMeter()
         self._status = NodeStatus("starting")
 
     def start(self) -> None:
@@ -81,6 +83,8 @@ class NodeActor:
                 self.group, self.publisher, self.spool, self.drain_wish,
             )  # fmt: skip
             self._status = NodeStatus("serving")
+            if self.plan.device == "cuda":
+                self.meter.start()
             threading.Thread(target=self._beat_for_ever, name="beat", daemon=True).start()
             self.loop.run()
             tell(lambda: self.registry.remove(self.plan.node_id), 5.0)
@@ -140,6 +144,7 @@ class NodeActor:
             state,
             job.id if job else None,
             publishing_job_id=publishing.id if publishing else None,
+            gpus=self.meter.latest,
         )
         if not known:
             self.registry.register(self.info)

@@ -23,6 +23,7 @@ WHOLE_KEYS = (
     "garbage",
     "outbox",
     "outbox:dead",
+    "outcomes",
     "nodes",
     "models",
 )

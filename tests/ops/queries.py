@@ -2,7 +2,7 @@
 
 import re
 
-from infra.prometheus.exporter import JobMetrics
+from infra.prometheus.families import JobMetrics
 from infra.scaler.metrics import ScalerMetrics
 
 
