@@ -143,6 +143,27 @@ def revoke_key(
     typer.echo(f"revoked {key_id}")
 
 
+@keys_app.command("rotate")
+def rotate_key(
+    key_id: Annotated[str, typer.Argument(help="As `reel keys list` shows it.")],
+    webhooks: Annotated[
+        bool, typer.Option("--webhook-secret", help="Renew what its webhooks are signed with, not the key.")
+    ] = False,
+    overlap: Annotated[
+        float, typer.Option(min=0, help="Seconds for which the old one counts as well.")
+    ] = 86_400,
+    stack: Stack = None,
+) -> None:
+    """Give a key a new secret; the old one goes on for a while. Shown this once."""
+    use_stack(stack, "REEL_REDIS_URL")
+    keys = _keys()
+    try:
+        new = keys.rotate_webhook_secret(key_id, overlap) if webhooks else keys.rotate(key_id, overlap)
+    except KeyError:
+        raise CliError(f"no key {key_id!r}; `reel keys list` shows them") from None
+    typer.echo(f"{'webhook secret' if webhooks else 'key'} {new}")
+
+
 @dead_app.command("list")
 def list_dead(limit: Limit = 20, as_json: AsJson = False, stack: Stack = None) -> None:
     """List dead jobs, latest first, with why they failed."""

@@ -328,27 +328,3 @@ def test_secrets_are_made_once_and_closed(tmp_path: Path) -> None:
     before = (folder / "secret_key").read_text()
     subprocess.run(run, check=True, capture_output=True)
     assert (folder / "secret_key").read_text() == before
-
-
-def test_redis_comes_back_from_a_backup(tmp_path: Path) -> None:
-    """The steps of docs/operations.md: BGSAVE, copy dump.rdb, start another server on it, turn the AOF on."""
-    with redis_server() as server:
-        settings = Settings(redis_url=server.url)
-        client: Any = connect(settings)
-        job, _ = JobStore(client, settings).submit(new_job())
-        client.execute_command("SAVE")
-        backup = (server.folder / "dump.rdb").read_bytes()
-    fresh = tmp_path / "r"
-    fresh.mkdir()
-    (fresh / "dump.rdb").write_bytes(backup)
-    restored = RedisServer(fresh)
-    restored.start()
-    try:
-        settings = Settings(redis_url=restored.url)
-        client = connect(settings)
-        client.execute_command("CONFIG", "SET", "appendonly", "yes")
-        claimed = JobStore(client, settings).claim("tiny", "n1")
-        assert claimed is not None
-        assert claimed.id == job.id
-    finally:
-        restored.stop()
