@@ -189,7 +189,7 @@ class KeyStore:
             pipe = self.redis.pipeline(transaction=True)
             pipe.execute_command("HSET", RECORDS, record.id, record.model_dump_json())
             for digest, until in hashes.items():
-                pipe.execute_command("HSET", HASHES, digest, f"{record.id} {until:.3f}")
+                pipe.execute_command("HSET", HASHES, digest, f"{record.id} {until:.6f}")
             pipe.execute()
 
 
