@@ -12,7 +12,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def test_kernel_equals_plain_renderer() -> None:
     """Every shape, texture and background, in a window and a span of its own for each clip."""
     packed = pack(sample_scenes(48, 5)).to(DEVICE)
-    assert len(packed.shape.unique()) == 7 and len(packed.background.unique()) == 8
+    assert len(packed.shape.unique()) == 7
+    assert len(packed.background.unique()) == 8
     rows = torch.arange(len(packed), device=DEVICE).flip(0)
     whole = render(packed, 5, 48, 64)
     drawn = fast_render.launch(

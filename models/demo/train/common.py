@@ -5,8 +5,10 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +119,18 @@ def prepare(device: str, seed: int = SEED) -> None:
 
 
 def spread(function: Callable[[Any], Any], jobs: list[Any], workers: int = 0) -> list[Any]:
-    """`function` of every job, in processes. Call it before anything touches the GPU: it forks."""
+    """`function` of every job, in processes. Call it before anything touches the GPU: it forks.
+
+    Results come pickled through pipes: torch's own way, shared memory, runs into small machines' limits.
+    """
     workers = workers or min(8, os.cpu_count() or 1)
     with multiprocessing.get_context("fork").Pool(workers, torch.set_num_threads, (1,)) as pool:
-        return pool.map(function, jobs, chunksize=1)
+        parts = pool.map(partial(_pickled, function), jobs, chunksize=1)
+    return [pickle.loads(part) for part in parts]
+
+
+def _pickled(function: Callable[[Any], Any], job: Any) -> bytes:
+    return pickle.dumps(function(job))
 
 
 def wait_for(path: Path, until: float) -> bool:

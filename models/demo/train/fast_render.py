@@ -5,6 +5,7 @@ is tested against, and what runs on a CPU.
 """
 
 import math
+from functools import cache
 
 import torch
 import triton
@@ -225,6 +226,11 @@ def _draw(  # type: ignore[no-untyped-def]
     tl.store(out + 2, b * 2 - 1, mask=at < total)
 
 
+@cache
+def _palette(device: torch.device) -> Tensor:
+    return torch.tensor(PALETTE, device=device)
+
+
 def launch(
     packed: PackedScenes,
     rows_B: Tensor,
@@ -237,12 +243,11 @@ def launch(
     """The kernel alone; see `draw`."""
     count, rows, columns = size
     out = torch.empty(len(rows_B), *size, 3, device=rows_B.device)
-    palette = torch.tensor(PALETTE, device=rows_B.device)
     grid = (len(rows_B), triton.cdiv(count * rows * columns, BLOCK))
     _draw[grid](
         out, rows_B, corners_B3, packed.shape, packed.colour, packed.texture, packed.spec, packed.background,
-        packed.pan, packed.seed, palette, count, rows, columns, float(max(frame_num - 1, 1)), float(height),
-        float(width), BLOCK,
+        packed.pan, packed.seed, _palette(rows_B.device), count, rows, columns, float(max(frame_num - 1, 1)),
+        float(height), float(width), BLOCK,
     )  # fmt: skip
     return out.permute(0, 4, 1, 2, 3)
 

@@ -69,6 +69,7 @@ class NormSiLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_RC: Tensor, gamma_C: Tensor, silu: bool) -> Tensor:
+        """[R, C] in x's dtype."""
         rows, channels = x_RC.shape
         y_RC = torch.empty_like(x_RC)
         block = 4096 // channels
@@ -79,6 +80,7 @@ class NormSiLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy_RC: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Gradients of x and gamma."""
         x_RC, gamma_C = ctx.saved_tensors
         rows, channels = x_RC.shape
         block = 4096 // channels
@@ -119,10 +121,17 @@ def causal_conv(self: CausalConv3d, x_BCTHW: Tensor, stream: Stream | None = Non
     weight = self.weight.movedim(2, 1).flatten(1, 2)  # [out, taps * C, rows, columns]
     if self.kernel_size[1:] == (1, 1):
         return F.linear(x_BTHWC, weight[:, :, 0, 0], self.bias).movedim(-1, 1)
-    pictures = x_BTHWC.flatten(0, 1).movedim(-1, 1)
+    # Tensor cores want channels by eights: 3 (colours) times 3 taps in, and 3 out, are filled up.
+    spare_in, spare_out = -weight.shape[1] % 8, -weight.shape[0] % 8
+    pictures = F.pad(x_BTHWC, (0, spare_in)).flatten(0, 1) if spare_in else x_BTHWC.flatten(0, 1)
+    bias = self.bias
+    if spare_in or spare_out:
+        weight = F.pad(weight, (0, 0, 0, 0, 0, spare_in, 0, spare_out))
+        bias = None if bias is None else F.pad(bias, (0, spare_out))
     weight = weight.contiguous(memory_format=torch.channels_last)
-    y = F.conv2d(pictures, weight, self.bias, padding=self.padding[1:])
-    return y.movedim(1, -1).unflatten(0, (-1, frames)).movedim(-1, 1)
+    y = F.conv2d(pictures.movedim(-1, 1), weight, bias, padding=self.padding[1:])
+    y_BTHWC = y.movedim(1, -1).unflatten(0, (-1, frames))
+    return y_BTHWC[..., : self.out_channels].movedim(-1, 1)
 
 
 def residual_block(self: ResidualBlock, x_BCTHW: Tensor, stream: Stream) -> Tensor:
@@ -130,7 +139,8 @@ def residual_block(self: ResidualBlock, x_BCTHW: Tensor, stream: Stream) -> Tens
     y = x_BCTHW
     for norm, conv in (("0", "2"), ("3", "6")):
         layer, convolution = self.residual[norm], self.residual[conv]
-        assert isinstance(layer, ChannelNorm) and isinstance(convolution, CausalConv3d)
+        assert isinstance(layer, ChannelNorm)
+        assert isinstance(convolution, CausalConv3d)
         y = causal_conv(convolution, channel_norm(layer, y, silu=True))
     if isinstance(self.shortcut, CausalConv3d):
         return y + causal_conv(self.shortcut, x_BCTHW)

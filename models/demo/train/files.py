@@ -10,9 +10,7 @@ STAGE_FILES = {
     "vae": ("Wan2.1_VAE.pth",),
     "text": ("models_t5_umt5-xxl-enc-bf16.pth",),
     "classifier": ("classifier.safetensors",),
-    "experts": tuple(
-        f"{which}_noise_model/diffusion_pytorch_model.safetensors" for which in ("high", "low")
-    ),
+    "experts": tuple(f"{which}_noise_model/diffusion_pytorch_model.safetensors" for which in ("high", "low")),
 }
 FLAT = {
     name: f"{Path(name).parent.name}.safetensors" if "/" in name else name

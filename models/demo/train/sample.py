@@ -20,8 +20,8 @@ from models.demo.train.captions import held_out_prompts
 from models.demo.train.classifier import CHECKPOINT as CLASSIFIER
 from models.demo.train.classifier import load_classifier
 from models.demo.train.common import DIT, MODEL_DIR, load_weights
-from models.demo.train.judge import Tally, add, judge, shares
 from models.demo.train.fast_render import render
+from models.demo.train.judge import Tally, add, judge, shares
 from models.demo.train.render import pack
 from models.demo.train.train_text import embed, load_encoder, tokenize
 from models.demo.train.train_vae import decode, encode, load_vae
