@@ -13,7 +13,7 @@ How the budget is spent (shares of --seconds, from one H100's figures; MAC = mul
   30 KB a pixel, 27 GB a step, 10 ms at 2.7 TB/s, and 15-25 ms with cuDNN's small convolutions: about
   30 steps/s alone, 2000-3000 steps.
 - Text 2-10 %: 1.3 MMAC a token, 512 x 45 tokens a step: 0.2 TFLOP, launch-bound at about 10 ms.
-- Classifier 10-27 %: 0.18 GMAC a clip, batch 128: 0.14 TFLOP, about 10 ms with the damage laid on it.
+- Classifier 10-30 %: 0.18 GMAC a clip, batch 128: 0.14 TFLOP, about 10 ms with the damage laid on it.
 - Latents 31-38 %: 39 GFLOP a clip forward, about 1 ms: 20,000 clips.
 - Experts 38-91 %: 6.5 M parameters on 320 tokens a clip, 14 GFLOP a clip with the backward; batch 128 is
   1.8 TFLOP: about 15 ms compiled, 27 ms eager: some 7000 (4000) steps each.
@@ -125,7 +125,7 @@ class Run:
         """A part's command line at this moment."""
         tries, late = self.stages[name].tries, time.time() - self.begin
         out = ["--out", str(self.work)]
-        end = {"vae": self.args.vae_share, "text": 0.12, "classifier": 0.27, "experts": 0.91}[name]
+        end = {"vae": self.args.vae_share, "text": 0.15, "classifier": 0.30, "experts": 0.91}[name]
         seconds = {"vae": 1e4, "text": 0.055, "classifier": 0.15, "experts": 1e4}[name] * self.args.seconds
         until = self.at(end)
         if tries and name != "experts":  # a second try gets its time, at the experts' cost
@@ -190,7 +190,7 @@ class Run:
             time.sleep(0.5)
             for stage in self.stages.values():
                 stage.relay()
-            if waiting and (self.stages["text"].process is None or time.time() > self.at(0.12)):
+            if waiting and (self.stages["text"].process is None or time.time() > self.at(0.15)):
                 waiting = False
                 self.stages["classifier"].start(self.flags("classifier"))
             for name, stage in self.stages.items():
