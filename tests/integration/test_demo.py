@@ -1,4 +1,4 @@
-"""`reel demo`, what `make demo` runs: to its end, and interrupted while its job runs. Both at the same time."""
+"""`reel demo`, what `make demo` runs: to its end, and interrupted while its job runs; both at once."""
 
 import os
 import secrets
