@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
 from jobs.job import DEFAULT_WEBHOOK_EVENTS, Priority, WebhookEvent
 from jobs.requests import NUMBER_MAX, PROMPT_MAX, SEED_MAX, VideoRequestIn
@@ -83,6 +83,49 @@ EXPECTED: Mapping[str, str] = {
     "callback_url": f"an https URL of at most {CALLBACK_MAX} characters",
     "webhook_events": "a list of " + ", ".join(event.value for event in WebhookEvent),
     "metadata": f"at most {METADATA_MAX} texts by name: names of 1 to 64 characters, texts of at most 500",
+}
+
+
+class EndpointIn(BaseModel):
+    """A webhook endpoint to add."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: Annotated[
+        str,
+        Field(
+            max_length=CALLBACK_MAX,
+            description="https, to a public address.",
+            examples=["https://example.com/hooks/reel"],
+        ),
+    ]
+    events: Annotated[
+        tuple[WebhookEvent, ...],
+        Field(min_length=1, max_length=len(WebhookEvent), description="What it wants to hear of."),
+    ] = DEFAULT_WEBHOOK_EVENTS
+    description: Annotated[str, Field(max_length=200, examples=["orders"])] = ""
+
+
+class EndpointChange(BaseModel):
+    """What to change of an endpoint; what is left out stays."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: Annotated[str | None, Field(max_length=CALLBACK_MAX, description="https, to a public address.")] = (
+        None
+    )
+    events: Annotated[
+        tuple[WebhookEvent, ...] | None, Field(min_length=1, max_length=len(WebhookEvent))
+    ] = None
+    description: Annotated[str | None, Field(max_length=200)] = None
+    enabled: Annotated[StrictBool | None, Field(description="`false` silences it.")] = None
+
+
+ENDPOINT_EXPECTED: Mapping[str, str] = {
+    "url": f"an https URL of at most {CALLBACK_MAX} characters",
+    "events": EXPECTED["webhook_events"],
+    "description": "a text of at most 200 characters",
+    "enabled": "true or false",
 }
 
 

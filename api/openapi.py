@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from api.inputs import job_schema
+from api.inputs import EndpointChange, EndpointIn, job_schema
 from api.problem import OpenAIError, ProblemOut
 
 DESCRIPTION = """
@@ -58,6 +58,8 @@ def _build(app: FastAPI) -> dict[str, Any]:
     schemas = document["components"]["schemas"]
     for name, schema in (
         ("JobIn", job_schema()),
+        ("EndpointIn", EndpointIn.model_json_schema(ref_template="#/components/schemas/{model}")),
+        ("EndpointChange", EndpointChange.model_json_schema(ref_template="#/components/schemas/{model}")),
         ("ProblemOut", ProblemOut.model_json_schema(ref_template="#/components/schemas/{model}")),
         ("OpenAIError", OpenAIError.model_json_schema(ref_template="#/components/schemas/{model}")),
     ):

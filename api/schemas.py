@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field
 from jobs.job import FailureClass, GuidePair, JobState, Phase, Priority, SampleSolver, WebhookEvent
 
 JOB_ID = "job_0m7f3c2k9x1v5n8p4q6r7s2t1"
+ENDPOINT_ID = "we_0m7f3c2k9x1v5n8p4q6r7s2t1"
 TIME = "2026-11-24T09:30:00Z"
 Timestamp = Annotated[datetime, Field(examples=[TIME])]
 
@@ -124,6 +125,8 @@ class DeliveryOut(BaseModel):
         description="`dead`: given up; redeliver it once the receiver works."
     )
     url: str = Field(examples=["https://example.com/hooks/reel"])
+    job_id: str | None = Field(description="`null` for a test event.", examples=[JOB_ID])
+    endpoint_id: str | None = Field(description="`null` when it goes to the job's own `callback_url`.")
     attempts: int = Field(description="Attempts since it was created or redelivered.", examples=[1])
     status: int | None = Field(description="The receiver's last HTTP status.", examples=[200])
     error: str | None = Field(description="Why the last attempt failed.", examples=["timed out after 15 s"])
@@ -134,9 +137,42 @@ class DeliveryOut(BaseModel):
 
 
 class DeliveryPage(BaseModel):
-    """A job's deliveries, oldest first."""
+    """A job's deliveries, oldest first; an endpoint's, latest first."""
 
     data: list[DeliveryOut]
+
+
+class EndpointOut(BaseModel):
+    """A webhook endpoint: an address that hears of all jobs of its key."""
+
+    id: str = Field(examples=[ENDPOINT_ID])
+    url: str = Field(examples=["https://example.com/hooks/reel"])
+    events: list[WebhookEvent] = Field(description="What it wants to hear of.")
+    description: str = Field(examples=["orders"])
+    enabled: bool = Field(description="`false`: it hears nothing, and keeps its secret.")
+    gone: bool = Field(
+        description="It answered 410: nothing is sent for a day, unless a test or a redelivery is asked for."
+    )
+    created_at: Timestamp
+
+
+class EndpointCreated(EndpointOut):
+    """A new endpoint with its secret, which is never shown again."""
+
+    secret: str = Field(description="Verify signatures with it.", examples=["whsec_MfKQ9r8GKYqrTwjUPD8ILP"])
+
+
+class EndpointList(BaseModel):
+    """A key's endpoints, oldest first."""
+
+    data: list[EndpointOut]
+
+
+class SecretOut(BaseModel):
+    """A new secret, shown this once; until `previous_until` the old one signs deliveries as well."""
+
+    secret: str = Field(examples=["whsec_MfKQ9r8GKYqrTwjUPD8ILP"])
+    previous_until: Timestamp
 
 
 class UploadOut(BaseModel):

@@ -9,6 +9,7 @@ from api.metrics import Metrics
 from api.rate import RateLimiter
 from api.watch import Watcher
 from jobs.client import AsyncRedisClient, RedisClient, connect, connect_async
+from jobs.endpoints import EndpointStore
 from jobs.keys import KeyStore
 from jobs.nodes import NodeRegistry
 from jobs.outbox import Outbox
@@ -27,6 +28,7 @@ class Services:
     aredis: AsyncRedisClient
     jobs: JobStore
     keys: KeyStore
+    endpoints: EndpointStore
     nodes: NodeRegistry
     outbox: Outbox
     storage: ObjectStore
@@ -53,6 +55,7 @@ def open_services(settings: Settings, metrics: Metrics) -> Services:
         aredis=aclient,
         jobs=JobStore(client, settings),
         keys=KeyStore(client, secret_text(settings)),
+        endpoints=EndpointStore(client, settings, secret_text(settings)),
         nodes=NodeRegistry(client),
         outbox=Outbox(client, settings),
         storage=ObjectStore(settings),

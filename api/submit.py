@@ -12,7 +12,7 @@ from api.images import image_key
 from api.inputs import EXPECTED, VIDEO_FIELDS, JobIn, body_hash
 from api.problem import FORBIDDEN, NO_MODEL, ProblemError, shorten
 from api.services import Services
-from jobs.addresses import CallbackRefused, check_callback_url
+from jobs.addresses import Address, CallbackRefused, check_callback_url
 from jobs.errors import FieldProblem, InvalidRequest
 from jobs.job import Job, ModelCard, NewJob, Priority, VideoRequest, new_id
 from jobs.keys import ApiKey, Scope
@@ -95,10 +95,21 @@ def choose_model(svc: Services, name: Any, wrong: dict[str, FieldProblem]) -> Mo
 
 
 def _check_callback(svc: Services, url: str | None, wrong: dict[str, FieldProblem]) -> None:
-    """Refuse a callback that would never be posted to. The sender checks again at every attempt."""
-    if url is None:
-        return
+    """Refuse a callback that would never be posted to."""
+    if url is not None:
+        check_address(svc, "callback_url", url, wrong)
+
+
+def check_address(svc: Services, field: str, url: str, wrong: dict[str, FieldProblem]) -> list[Address]:
+    """The addresses that a client's URL may lead to now; none after noting a problem in `wrong`.
+
+    Whoever connects checks again, at every attempt.
+    """
+    settings = svc.settings
     try:
-        check_callback_url(url, allow_loopback=svc.settings.allow_loopback_callbacks)
+        return check_callback_url(
+            url, allow_loopback=settings.allow_loopback_callbacks, allowed_hosts=settings.local_hosts
+        )
     except CallbackRefused as error:
-        wrong["callback_url"] = FieldProblem("callback_url", shorten(url), str(error))
+        wrong[field] = FieldProblem(field, shorten(url), str(error))
+        return []
