@@ -77,7 +77,7 @@ EXPECTED: Mapping[str, str] = {
     "guide_scale": f"a number from 0 to {NUMBER_MAX:g}, or a pair [low-noise, high-noise] of them",
     "seed": "a whole number from 0 to 2^63-1",
     "sample_solver": 'a text, "unipc" or "dpm++"',
-    "image": "an upload's id (img_...) from POST /v1/uploads",
+    "image": "an upload's id (img_...) from POST /v1/uploads, or an https URL",
     "priority": "one of high, normal, low",
     "deadline_seconds": f"a number above 0, at most {DEADLINE_MAX}",
     "callback_url": f"an https URL of at most {CALLBACK_MAX} characters",
@@ -148,7 +148,7 @@ def job_schema() -> dict[str, Any]:
         "sampling_steps": {"minimum": 1, "examples": [40]},
         "seed": {"minimum": 0, "maximum": SEED_MAX, "examples": [42]},
         "sample_solver": {"enum": ["unipc", "dpm++"]},
-        "image": {"examples": ["img_0m7f3c2k9x1v5n8p4q6r7s2t1"]},
+        "image": {"examples": ["img_0m7f3c2k9x1v5n8p4q6r7s2t1", "https://example.com/first.jpg"]},
     }
     for name, extra in limits.items():
         field = schema["properties"][name]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.client import RedisClient, guard
-from jobs.errors import JobNotFound
+from jobs.errors import IdempotencyConflict, JobNotFound
 from jobs.job import Job, JobState, Priority
 from jobs.records import from_record
 from jobs.scripts import PREFIX, Scripts
@@ -83,6 +83,20 @@ class JobReader:
                 if len(ids) < step:
                     return found, None
         return found, last if self._more(index, last) else None
+
+    def submitted(self, key_id: str, idempotency_key: str, body_hash: str) -> Job | None:
+        """The job that an earlier request with this Idempotency-Key made, if it still exists.
+
+        Raises IdempotencyConflict when that request had another body.
+        """
+        with guard():
+            digest, job_id = self.redis.execute_command(
+                "HMGET", f"{PREFIX}idem:{key_id}:{idempotency_key}", "hash", "job"
+            )
+        job = self._fetch([job_id])[0] if job_id else None
+        if job is not None and digest != body_hash:
+            raise IdempotencyConflict(idempotency_key, job.id)
+        return job
 
     def position(self, job_id: str) -> int | None:
         """How many waiting jobs are likely to start first (0: next); None when it does not wait.
