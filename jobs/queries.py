@@ -14,6 +14,7 @@ from jobs.settings import Settings
 SCAN = 500  # ids looked at for one page when a filter has no index of its own
 Page = tuple[list[Job], str | None]  # jobs, and the next page's cursor
 Ids = list[str]
+Jobs = list[Job]
 MaybeJobs = list[Job | None]
 LEVELS = (Priority.HIGH, Priority.NORMAL, Priority.LOW)
 
@@ -83,6 +84,10 @@ class JobReader:
                 if len(ids) < step:
                     return found, None
         return found, last if self._more(index, last) else None
+
+    def many(self, job_ids: Ids) -> Jobs:
+        """Those of these jobs that still exist."""
+        return [job for job in self._fetch(job_ids) if job is not None]
 
     def submitted(self, key_id: str, idempotency_key: str, body_hash: str) -> Job | None:
         """The job that an earlier request with this Idempotency-Key made, if it still exists.

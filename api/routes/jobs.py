@@ -125,7 +125,7 @@ def list_jobs(
     )
     base = base_url(request, svc)
     page = JobPage(
-        data=[job_view(job, base, _position(svc, job)) for job in found],
+        data=[job_view(svc, job, base, _position(svc, job)) for job in found],
         has_more=following is not None,
         next_cursor=following,
     )

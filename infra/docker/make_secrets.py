@@ -14,6 +14,7 @@ HOST = "redis:6379"
 JOB_KEYS = (
     "job", "body", "events", "lane", "lanes", "rising", "vtime", "waiting", "running", "leases", "wake",
     "claim", "list", "idem", "delivery", "deliveries", "pending", "gone", "node", "drain",
+    "endpoints", "timings",
 )  # fmt: skip
 WHOLE_KEYS = (
     "queues",
