@@ -2,7 +2,7 @@
 
 import base64
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
@@ -17,8 +17,11 @@ Reel = Callable[..., str]
 
 @pytest.fixture
 def reel(
-    settings: Settings, redis: RedisClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Reel:
+    settings: Settings,
+    redis: RedisClient,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Iterator[Reel]:
     """Runs `reel keys ...` on this Redis and gives what it printed."""
     monkeypatch.setenv("REEL_REDIS_URL", settings.redis_url)
     monkeypatch.setenv("REEL_SECRET_KEY", SECRET)
@@ -68,7 +71,8 @@ def test_a_keys_life(reel: Reel, running: Running, redis: RedisClient) -> None:
     assert secret.startswith("whsec_")
     assert secret != told(made, "webhook secret")
 
-    everything = str([redis.execute_command("HGETALL", name) for name in ("reel:apikeys", "reel:apikeys:hashes")])
+    hashes = ("reel:apikeys", "reel:apikeys:hashes")
+    everything = str([redis.execute_command("HGETALL", name) for name in hashes])
     for hidden in (plain, fresh, newest, secret):
         assert hidden.split("_", 1)[1] not in everything
     reel("revoke", key_id)
