@@ -1,4 +1,4 @@
-"""Every example of docs/api.md runs as it stands: curl, Python and JavaScript, against the API on a socket."""
+"""Every example of docs/api.md runs as it stands: curl, Python and JavaScript, on a real socket."""
 
 import contextlib
 import io
