@@ -42,6 +42,7 @@ function gate(message = "") {
   show($("main"), false);
   show($("gate"), true);
   show($("key-open"), false);
+  $("key-name").textContent = "";
   $("key-error").textContent = message;
   $("key").value = "";
   $("key").focus();

@@ -59,6 +59,9 @@ export function bytes(count) {
   return `${value >= 100 || power === 0 ? Math.round(value) : value.toFixed(1)} ${units[power]}`;
 }
 
+// Memory as GPUs are sold and reported: an "80 GB" card has 79.6 GiB.
+export const gib = (count) => (count / 2 ** 30).toFixed(count < 100 * 2 ** 30 ? 1 : 0);
+
 export const calm = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
 
 export const isLive = (job) => job.state === "queued" || job.state === "running";

@@ -1,7 +1,7 @@
 // The lists below: jobs in progress, finished videos, and nodes for those who may see them.
 
 import { json } from "./client.js";
-import { $, bytes, calm, duration, fine, headline, make, pretty, setBar, show } from "./dom.js";
+import { $, calm, duration, fine, gib, headline, make, pretty, setBar, show } from "./dom.js";
 import { selected } from "./stage.js";
 
 const posters = new Map(); // job id -> {url, until}
@@ -126,7 +126,7 @@ function nodeItem(node, onSelect) {
     make("p", { class: "more", text: [node.model, ranks, node.device, ...labels].filter(Boolean).join(" · ") }));
   item.dataset.live = String(node.live);
   const meters = make("div", { class: "meters" });
-  if (node.memory_total) meters.append(meter("Memory", node.memory_used / node.memory_total, `${bytes(node.memory_used)} of ${bytes(node.memory_total)}`));
+  if (node.memory_total) meters.append(meter("Memory", node.memory_used / node.memory_total, `${gib(node.memory_used)} of ${gib(node.memory_total)} GiB`));
   if (node.step_seconds) meters.append(fact("A step took", node.step_seconds < 10 ? `${node.step_seconds.toFixed(2)} s` : duration(node.step_seconds)));
   if (node.job_id) meters.append(jobMeter(node, onSelect));
   else if (node.live && !node.publishing_job_id) meters.append(fact("Job", "none"));
