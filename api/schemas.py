@@ -146,6 +146,32 @@ class DeliveryPage(BaseModel):
     data: list[DeliveryOut]
 
 
+class WebhookData(BaseModel):
+    """The job when the event happened. Larger jobs come with the first five fields and `truncated`."""
+
+    id: str = Field(examples=[JOB_ID])
+    state: JobState
+    model: str = Field(examples=["wan2.2-t2v-a14b"])
+    attempts: int
+    version: int = Field(description="Rises with every change of the job.", examples=[17])
+    phase: Phase | None = None
+    step: int | None = None
+    progress: float | None = Field(None, examples=[0.35])
+    eta_seconds: float | None = None
+    cancel_requested: bool | None = None
+    error: ErrorOut | None = None
+    metadata: dict[str, str] | None = Field(None, examples=[{"ref": "order-1001"}])
+    truncated: bool | None = None
+
+
+class WebhookBody(BaseModel):
+    """What a webhook posts (Standard Webhooks). `webhook.test` carries the endpoint's id instead of a job."""
+
+    type: WebhookEvent
+    timestamp: Timestamp = Field(description="When it happened.")
+    data: WebhookData
+
+
 class EndpointOut(BaseModel):
     """A webhook endpoint: an address that hears of all jobs of its key."""
 

@@ -10,6 +10,7 @@ import pytest
 import standardwebhooks
 import svix
 
+from api.schemas import WebhookBody
 from jobs.job import WebhookEvent
 from jobs.settings import Settings
 from jobs.store import JobStore
@@ -97,6 +98,7 @@ def test_callback_and_endpoints_each_get_what_they_asked_for(bench: Bench) -> No
     for name, received in got.items():
         for item in received:
             standardwebhooks.Webhook(secrets[name]).verify(item.body, item.headers)
+            WebhookBody.model_validate_json(item.body)  # as the OpenAPI document says
     events = {name: [json.loads(item.body)["type"] for item in items] for name, items in got.items()}
     assert events == {
         "own": ["job.succeeded"], "first": ["job.started", "job.succeeded"], "second": ["job.succeeded"],
