@@ -37,7 +37,8 @@ function limits(schema = {}) {
     s.maximum !== undefined && `to ${s.maximum}`, s.minLength !== undefined && `${s.minLength} characters or more`,
     s.maxLength !== undefined && `at most ${s.maxLength} characters`,
   ]);
-  return parts.filter(Boolean).join(", ");
+  const text = parts.filter(Boolean).join(", ");
+  return text.charAt(0).toUpperCase() + text.slice(1);
 }
 
 const example = (schema) => schema?.examples?.find((value) => value !== null);

@@ -255,5 +255,5 @@ def test_a_telephone(desk: Desk, redis: RedisClient) -> None:
     ]
     assert unnamed == [], "a screen reader has a name for everything that can be used"
     page.goto(f"{desk.url}/docs")
-    page.wait_for_selector("text=POST /v1/jobs")
+    page.wait_for_selector("summary:has-text('Submit a job')")
     assert page.evaluate(WIDTH) <= 0

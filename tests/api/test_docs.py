@@ -67,7 +67,7 @@ def env(
     monkeypatch.setattr(addresses, "_getaddrinfo", lambda host, port: ["1.1.1.1"])
     key = client.headers["authorization"].split()[1]
     path = os.environ["PATH"]
-    return {"REEL_URL": running.url, "REEL_API_KEY": key, "PATH": path, "PYTHONWARNINGS": "ignore"}
+    return {"REEL_API_URL": running.url, "REEL_API_KEY": key, "PATH": path, "PYTHONWARNINGS": "ignore"}
 
 
 def run(command: list[str], env: dict[str, str], folder: Path) -> str:
