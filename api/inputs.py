@@ -114,9 +114,9 @@ class EndpointChange(BaseModel):
     url: Annotated[str | None, Field(max_length=CALLBACK_MAX, description="https, to a public address.")] = (
         None
     )
-    events: Annotated[
-        tuple[WebhookEvent, ...] | None, Field(min_length=1, max_length=len(WebhookEvent))
-    ] = None
+    events: Annotated[tuple[WebhookEvent, ...] | None, Field(min_length=1, max_length=len(WebhookEvent))] = (
+        None
+    )
     description: Annotated[str | None, Field(max_length=200)] = None
     enabled: Annotated[StrictBool | None, Field(description="`false` silences it.")] = None
 

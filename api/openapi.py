@@ -7,7 +7,7 @@ from fastapi.openapi.utils import get_openapi
 
 from api.inputs import EndpointChange, EndpointIn, job_schema
 from api.problem import OpenAIError, ProblemOut
-from api.schemas import WebhookBody
+from api.webhook_schemas import WebhookBody
 from jobs.job import WebhookEvent
 
 DESCRIPTION = """

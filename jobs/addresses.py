@@ -126,9 +126,7 @@ def _split(url: str) -> SplitResult:
     # urlsplit drops tabs and newlines and reads a backslash unlike other parsers: two readings of one URL
     # are how such checks are passed by, so anything outside printable ASCII is refused.
     if not url.isascii() or "\\" in url or any(c <= " " or c == "\x7f" for c in url):
-        raise CallbackRefused(
-            "the URL has blanks, backslashes or non-ASCII characters; percent-encode them"
-        )
+        raise CallbackRefused("the URL has blanks, backslashes or non-ASCII characters; percent-encode them")
     try:
         parts = urlsplit(url)
     except ValueError as error:
@@ -164,9 +162,7 @@ def _literal(host: str) -> Address | None:
     except ValueError:
         pass
     if NUMERIC_LABEL.match(host.rsplit(".", 1)[-1]):
-        raise CallbackRefused(
-            f"host {host!r} is an odd spelling of an address; write four decimal bytes"
-        )
+        raise CallbackRefused(f"host {host!r} is an odd spelling of an address; write four decimal bytes")
     if not HOST_NAME.match(host):
         raise CallbackRefused(f"host {host!r} is not a host name")
     return None

@@ -15,7 +15,10 @@ from api.inputs import ENDPOINT_EXPECTED, EndpointChange, EndpointIn
 from api.problem import ProblemError, documented
 from api.routes.jobs import COMMON, OWN
 from api.routes.webhooks import DeliveryId, delivery_view
-from api.schemas import (
+from api.services import Services
+from api.submit import check_address
+from api.views import json_response
+from api.webhook_schemas import (
     ENDPOINT_ID,
     DeliveryOut,
     DeliveryPage,
@@ -24,9 +27,6 @@ from api.schemas import (
     EndpointOut,
     SecretOut,
 )
-from api.services import Services
-from api.submit import check_address
-from api.views import json_response
 from jobs.endpoints import LIMIT, Endpoint
 from jobs.errors import FieldProblem
 from jobs.keys import ApiKey

@@ -9,8 +9,8 @@ from api import problem as p
 from api.auth import ReadKey, ServicesDep, SubmitKey
 from api.problem import ProblemError, documented
 from api.routes.jobs import OWN, JobId, find
-from api.schemas import DeliveryOut, DeliveryPage
 from api.views import json_response, when
+from api.webhook_schemas import DeliveryOut, DeliveryPage
 from jobs.outbox import Delivery
 
 router = APIRouter(prefix="/v1/jobs", tags=["webhooks"])

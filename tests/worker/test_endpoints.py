@@ -10,7 +10,7 @@ import pytest
 import standardwebhooks
 import svix
 
-from api.schemas import WebhookBody
+from api.webhook_schemas import WebhookBody
 from jobs.job import WebhookEvent
 from jobs.settings import Settings
 from jobs.store import JobStore
