@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 DEFAULT_PORT = 8080
 CPU_RANKS = 2
+# What a shell that has read stack.env holds; a part is given the ones that it needs, and no others.
+SECRETS = frozenset({"REEL_SECRET_KEY", "REEL_API_KEY", "REEL_WEBHOOK_SECRET"})
 Say = Callable[[str], None]
 
 
@@ -157,10 +159,11 @@ class LocalStack:
         return default_model(self.data_dir, self.log("make-tiny"), self._env({}), self.supervisor)
 
     def _env(self, extra: dict[str, str]) -> dict[str, str]:
-        """The environment of a part: ours, no proxy for loopback, and `extra`."""
+        """The environment of a part: ours less an operator's secrets, no proxy for loopback, and `extra`."""
+        ours = {name: value for name, value in os.environ.items() if name not in SECRETS}
         direct = ",".join(filter(None, [os.environ.get("NO_PROXY", ""), HOST, "localhost"]))
         plain = {"PYTHONUNBUFFERED": "1", "NO_PROXY": direct, "no_proxy": direct}
-        return {**os.environ, **plain, **extra}
+        return {**ours, **plain, **extra}
 
     def _settings_env(self, role: str) -> dict[str, str]:
         """What a role is told: its own users of Redis and S3, nobody else's."""

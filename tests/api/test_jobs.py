@@ -18,7 +18,7 @@ from jobs.settings import Settings
 from jobs.storage import ObjectStore
 from jobs.store import JobStore
 from jobs.timings import Timings
-from tests.api.conftest import MODEL, finish, submit
+from tests.api.conftest import MODEL, finish, serve, submit
 from tests.support.jobs import new_job
 
 PROMPT = "a red ball rolls over a table"
@@ -299,6 +299,25 @@ def test_video_and_poster(client: httpx.Client, store: JobStore, settings: Setti
         assert (part.status_code, len(part.content)) == (206, 4)
         broken = told["url"].replace(job_id, "job_" + "0" * 25)
         assert httpx.get(broken).status_code == 403
+
+
+def test_an_address_opens_one_file_for_a_short_time(
+    settings: Settings, client: httpx.Client, client_for: Callable[..., httpx.Client], store: JobStore
+) -> None:
+    with serve(settings.model_copy(update={"presign_seconds": 1})) as short:
+        brief = client_for(url=short.url)
+        job_id = str(submit(brief)["id"])
+        finish(store, settings)
+        told = brief.get(f"/v1/jobs/{job_id}/video", headers={"Accept": "application/json"}).json()
+        assert httpx.get(told["url"]).status_code == 200
+        assert httpx.get(told["url"].replace("video.mp4", "poster.jpg")).status_code == 403
+        time.sleep(2.1)
+        assert httpx.get(told["url"]).status_code == 403
+    submit(client)
+    job = finish(store, settings)
+    told = client.get(f"/v1/jobs/{job.id}/video", headers={"Accept": "application/json"}).json()
+    left = datetime.fromisoformat(told["expires_at"]).timestamp() - time.time()
+    assert left <= 900
 
 
 def test_webhook_deliveries(client: httpx.Client, store: JobStore, settings: Settings, key: Any) -> None:

@@ -24,9 +24,10 @@ from engine.tiny import make_tiny
 from engine.video import decode_video
 from infra.client import ReelClient
 from infra.receiver import Receiver
-from tests.integration.stack import Stack, until
+from tests.integration.stack import Stack, parent_of, until
 
 pytestmark = pytest.mark.timeout(420)
+INHERITED = "an-operators-own-secret-of-40-characters"
 PROMPT = "a red ball bounces over a wooden floor, close up"
 LONG = {"prompt": PROMPT, "size": "96*64", "frame_num": 33, "sampling_steps": 100, "seed": 1}
 
@@ -38,9 +39,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stacks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Stack, Stack]]:
-    """Two, started at the same time."""
+    """Two, started at the same time; the first from a shell that holds an operator's secret."""
     folder = tmp_path_factory.mktemp("stacks")
-    pair = Stack(folder / "first", model), Stack(folder / "second", model)
+    inherited = {"REEL_SECRET_KEY": INHERITED}
+    pair = Stack(folder / "first", model, **inherited), Stack(folder / "second", model)
     try:
         yield pair[0].wait_ready(), pair[1].wait_ready()
     finally:
@@ -144,6 +146,14 @@ def test_secrets_and_prompts_stay_out_of_every_log(stacks: tuple[Stack, Stack]) 
     assert any("raylet" in name for name in texts), "Ray's own logs are looked at too"
     for name, text in {"metrics": metrics, **texts}.items():
         assert not [secret[:4] for secret in hidden if secret.removeprefix("whsec_") in text], name
+    forbidden = [INHERITED, state["secret_key"], stack.api_key, stack.webhook_secret]
+    for kind in ("redis_passwords", "s3_secrets"):
+        forbidden += [state[kind][role] for role in ("api", "celery", "ops")]
+    node = family(stack, stack.pid_of("node"))
+    assert len(node) > 5
+    for pid in node:
+        known = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
+        assert not [secret[:4] for secret in forbidden if secret in known], "a node's own are enough"
     for part in ("api", "node-1", "celery-worker"):
         text = texts[str(stack.data / "logs" / f"{part}.log")]
         # "---": the supervisor's own mark at each start of a part
@@ -154,6 +164,14 @@ def test_secrets_and_prompts_stay_out_of_every_log(stacks: tuple[Stack, Stack]) 
             assert all(entry["request_id"] for entry in mine)
         if part == "celery-worker":
             assert any(entry.get("delivery_id") for entry in entries)
+
+
+def family(stack: Stack, root: int) -> list[int]:
+    """A process of the stack and all below it."""
+    found, pids = {root}, stack.pids()
+    while more := {pid for pid in pids if pid not in found and parent_of(pid) in found}:
+        found |= more
+    return sorted(found)
 
 
 def ray_logs(stack: Stack) -> list[Path]:
