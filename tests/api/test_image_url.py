@@ -3,8 +3,12 @@
 import asyncio
 import http.server
 import io
+import json
 import ssl
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,7 @@ from jobs.store import JobStore
 from tests.api.conftest import Running, serve
 from tests.support.jobs import card
 from tests.support.tls import self_signed
+from tests.worker.receiver import RawReceiver, Reply
 
 PROMPT = "a red ball rolls over a table"
 HOST = "pictures.example"
@@ -213,3 +218,18 @@ def test_the_process_knows_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = asyncio.run(look()).decode()
     assert "canary" not in seen
     assert "LANG" in seen
+
+
+@pytest.mark.parametrize("reply", [Reply(delay=5.0), Reply(drip=0.05)], ids=["silent", "dripping"])
+def test_a_server_that_takes_for_ever_is_given_up(reply: Reply) -> None:
+    code = "import sys, api.image_fetch as m; m.SECONDS = 0.5; sys.exit(m.main())"
+    with RawReceiver(reply) as slow:
+        order = {"url": f"http://127.0.0.1:{slow.port}/x.png", "max_bytes": 9, "max_pixels": 9}
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", code], input=json.dumps(order | {"allow_loopback": True}),
+            capture_output=True, text=True, timeout=30, check=False,
+        )  # fmt: skip
+        assert time.monotonic() - began < 4.5
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "did not arrive within 0.5 s" in done.stderr or "cannot be fetched (TimeoutError)" in done.stderr
