@@ -51,6 +51,9 @@ class ResultOut(BaseModel):
     seconds: dict[str, float] = Field(
         description="Wall seconds of each phase.", examples=[{"encoding": 0.4, "denoising": 50.2}]
     )
+    gpu_seconds: float | None = Field(
+        None, description="GPUs times the seconds that the video held them.", examples=[416.0]
+    )
 
 
 class Links(BaseModel):

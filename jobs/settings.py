@@ -68,6 +68,7 @@ class Settings(BaseSettings):
     drain_seconds: Seconds = 600.0  # grace for the running job after SIGTERM
     step_timeout_seconds: Seconds = 600.0  # a rank silent for longer is taken for hung
     data_dir: Path = Path(".reel")
+    node_price_per_hour: float = Field(0, ge=0)  # of the whole machine, in your currency; 0: unknown
 
     log_level: str = "INFO"
 
