@@ -236,7 +236,7 @@ class _Stage:
         if self.device.type != "cuda":
             return self._used
         raw = self._used.to(self.device, non_blocking=True)
-        self._copied = torch.cuda.Event()
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._copied.record()
         return raw.to(self._dtype)
 

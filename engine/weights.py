@@ -99,9 +99,7 @@ def load_into(
     before reading any.
     """
     check(expected_shapes(model), entries)
-    state = load_tensors(
-        entries, device=device, dtype_of=dtype_of, mesh=mesh, on_bytes=on_bytes, meter=meter
-    )
+    state = load_tensors(entries, device=device, dtype_of=dtype_of, mesh=mesh, on_bytes=on_bytes, meter=meter)
     model.load_state_dict(state, strict=False, assign=True)  # `check` was stricter; tied names are absent
     model.requires_grad_(False).eval()
 
