@@ -4,7 +4,7 @@ On the meta device an operation costs microseconds at any size, so a request of 
 in a second, before any weight is loaded. What is counted is what torch allocates at the worst moment; a
 library's own workspace is not seen.
 
-Shapes: B batch, C channels, F H W latent frames, rows and columns, L tokens, N heads, K head dimension.
+Grids are of latents: frames, rows, columns.
 """
 
 import math
@@ -20,13 +20,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from engine.attention import WholeSequence
 from engine.config import DiTConfig, VAEConfig
 from engine.dit import DiT, stays_fp32
 from engine.vae import VAE
 
 LAYERS = 2  # as many blocks as it takes for the peak of any number of them
 CHUNKS = 3  # latent frames: the first, the second, and one like all others
-Grid = tuple[int, int, int]  # latent frames, rows, columns
+Grid = tuple[int, int, int]
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -62,39 +63,6 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now -= size
 
 
-class PlannedSequence:
-    """A sequence over `ranks` of which nothing is computed: attention gives empty tensors of its shapes."""
-
-    def __init__(self, ranks: int) -> None:
-        self.ranks = ranks
-
-    def shard(self, x: Tensor, dim: int) -> Tensor:
-        """Rank 0's part; with one rank all of it."""
-        part = -(-x.shape[dim] // self.ranks)
-        return x if self.ranks == 1 else x.narrow(dim, 0, part).clone()
-
-    def gather(self, x: Tensor, dim: int, length: int) -> Tensor:
-        """The whole sequence."""
-        return x if self.ranks == 1 else torch.cat([x] * self.ranks, dim).narrow(dim, 0, length)
-
-    def split(self, first: int, length: int) -> int:
-        """Rank 0's share of the first."""
-        return min(first, -(-length // self.ranks))
-
-    def self_attention(self, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, length: int) -> Tensor:
-        """The output's memory."""
-        return torch.empty_like(q_BLNK)
-
-    def attend_by_rank(self, q_RBLGK: Tensor, k_RBLGK: Tensor, v_RBLGK: Tensor, length: int) -> Tensor:
-        """The output's memory, [B, L, N * K]."""
-        ranks, batch, tokens, heads, dim = q_RBLGK.shape
-        return q_RBLGK.new_empty(batch, tokens, ranks * heads * dim)
-
-    def cross_attention(self, q_BLNK: Tensor, k_BTNK: Tensor, v_BTNK: Tensor) -> Tensor:
-        """The output's memory."""
-        return q_BLNK.new_empty(q_BLNK.shape)
-
-
 @contextmanager
 def _unreal() -> Iterator[None]:
     with torch.device("meta"), torch.inference_mode():
@@ -102,31 +70,29 @@ def _unreal() -> Iterator[None]:
 
 
 @lru_cache(maxsize=64)
-def denoising_bytes(
-    config: DiTConfig, grid: Grid, rows: int, ranks: int, dtype: torch.dtype, timesteps: int = 1
-) -> int:
+def denoising_bytes(config: DiTConfig, tokens: int, rows: int, dtype: torch.dtype, timesteps: int = 1) -> int:
     """Peak of one forward of a step, beside weights and text keys and values.
 
-    `rows` prompts at once, `ranks` that the sequence is spread over, `timesteps` sets (2: TI2V's image).
+    `tokens` of one rank, `rows` prompts at once, `timesteps` sets (2: TI2V's image). Attention itself takes
+    nothing but its output, as every fused backend has it.
     """
     config = replace(config, num_layers=min(config.num_layers, LAYERS))
     with torch.device("meta"):
         dit = DiT(config).requires_grad_(False)
         for name, parameter in dit.named_parameters():
             parameter.data = parameter.data.to(torch.float32 if stays_fp32(name) else dtype)
+    patch_t, patch_h, patch_w = config.patch_size
+    shape = (rows, config.text_len, config.num_heads, config.head_dim)
     with _unreal():
-        latents = torch.empty(1, config.in_channels, *grid)
+        latents = torch.empty(1, config.in_channels, patch_t, patch_h, patch_w * tokens)
         text = [
-            tuple(
-                torch.empty(rows, config.text_len, config.num_heads, config.head_dim, dtype=dtype)
-                for _ in range(2)
-            )
+            (torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype))
             for _ in range(config.num_layers)
         ]
         t = torch.zeros(1, timesteps)
 
         def forward() -> object:
-            return dit(latents, t, text, PlannedSequence(ranks))
+            return dit(latents, t, text, WholeSequence(lambda q, k, v: torch.empty_like(q)))
 
         forward()  # q, k and v are packed now
         with LiveBytes() as live:

@@ -198,10 +198,13 @@ def _communication(spec: ModelSpec, mesh: Mesh, rows: int, dtype: torch.dtype, o
     """Received q, k and v, the sent and the received output of one all-to-all; NCCL's own on a GPU."""
     if mesh.size == 1:
         return 0
-    tokens = math.prod(largest(spec)[1]) // math.prod(spec.dit.patch_size)
-    local = math.ceil(tokens / mesh.ulysses)
-    exchanged = 5 * rows * local * spec.dit.dim * dtype.itemsize if mesh.ulysses > 1 else 0
-    return exchanged + (NCCL if on_gpu else 0)
+    exchanged = 5 * rows * local_tokens(spec, mesh) * spec.dit.dim * dtype.itemsize
+    return (exchanged if mesh.ulysses > 1 else 0) + (NCCL if on_gpu else 0)
+
+
+def local_tokens(spec: ModelSpec, mesh: Mesh) -> int:
+    """Tokens of a rank in the largest request, padding included."""
+    return math.ceil(math.prod(largest(spec)[1]) // math.prod(spec.dit.patch_size) / mesh.ulysses)
 
 
 def _phases(
@@ -209,7 +212,7 @@ def _phases(
 ) -> list[tuple[str, int]]:
     sets = 2 if spec.task == "ti2v" else 1
     phases = [
-        ("activations, denoising", denoising_bytes(spec.dit, grid, rows, mesh.ulysses, dtype, sets)),
+        ("activations, denoising", denoising_bytes(spec.dit, local_tokens(spec, mesh), rows, dtype, sets)),
         ("activations, decoding", decoding_bytes(spec.vae, grid, vae)),
     ]
     if spec.task != "t2v":
