@@ -10,6 +10,7 @@ import logging
 import re
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from engine.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
 SHA256 = re.compile(r"[0-9a-f]{64}")
+PATIENCE = 3600.0  # seconds that one rank may hash longer than another
 BLOCK = 4 << 20  # bytes hashed at a time
 
 
@@ -84,6 +86,8 @@ def _sha256(path: Path, on_bytes: Callable[[int], None]) -> str:
 def _all_faults(mine: list[str], mesh: Mesh) -> list[str]:
     if mesh.control is None:
         return mine
+    # Files differ in size, so ranks end at different times: wait longer than a collective call may.
+    dist.monitored_barrier(mesh.control, timedelta(seconds=PATIENCE))
     every: list[list[str] | None] = [None] * mesh.size
     dist.all_gather_object(every, mine, group=mesh.control)
     return [fault for faults in every for fault in faults or []]

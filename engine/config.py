@@ -67,6 +67,7 @@ class ModelSpec:
     max_frame_num: int
     sizes: tuple[tuple[int, int], ...]  # (width, height) in pixels
     negative_prompt: str
+    loras: tuple[str, ...] = ()  # names of what the LoRA folder held when the model was loaded
 
 
 @dataclass(frozen=True)

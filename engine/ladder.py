@@ -10,14 +10,18 @@ import torch.distributed as dist
 from engine.config import ModelSpec
 from engine.errors import CheckpointError
 from engine.layout import Layout
-from engine.memory import WORDS, MemoryPlan, Rung, make_plan, sizes_of
+from engine.memory import GIB, MemoryPlan, Rung, make_plan, sizes_of
 from engine.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
 
 
 class DoesNotFit(CheckpointError):
-    """The model needs more memory than there is, on every rung; the message holds the tables."""
+    """The model needs more memory than there is, on every rung; `tables` tell what for."""
+
+    def __init__(self, message: str, tables: str) -> None:
+        super().__init__(message)
+        self.tables = tables
 
 
 def plan_memory(
@@ -44,12 +48,16 @@ def plan_memory(
         )
 
     rungs = [rung] if rung is not None else allowed(mesh, len(experts), on_gpu)
-    plan, passed = choose(plan_of, rungs, smallest(mesh))
+    try:
+        plan, passed = choose(plan_of, rungs, smallest(mesh))
+    except DoesNotFit as error:
+        log.error("%s", error.tables)
+        raise
     log.info("%s", plan.table())
     if passed:
         log.warning(
             "memory: %s, since %s would take %.1f GiB of the %.1f GiB that are free: videos are the same, "
-            "and slower", plan.words, passed[0].words, passed[0].gib, available / 2**30,
+            "and slower", plan.words, passed[0].words, passed[0].gib, available / GIB,
         )  # fmt: skip
     return plan
 
@@ -74,7 +82,7 @@ def choose(
 ) -> tuple[MemoryPlan, list[MemoryPlan]]:
     """(the plan of the first rung that fits on every rank, the plans passed over).
 
-    `agree` gives the ranks' smallest number. Raises DoesNotFit with the first and the last table.
+    `agree` gives the ranks' smallest number. Raises DoesNotFit with the first and the smallest table.
     """
     passed: list[MemoryPlan] = []
     for rung in rungs:
@@ -82,10 +90,14 @@ def choose(
         if agree(int(plan.fits)):
             return plan, passed
         passed.append(plan)
-    tables = "\n".join(plan.table() for plan in dict.fromkeys((passed[0], passed[-1])))
+    least = min(passed, key=lambda plan: plan.total)
     raise DoesNotFit(
-        f"the model doesn't fit into memory, not even with: {WORDS[passed[-1].rung]}. Use GPUs with more "
-        f"memory, more of them, or allow smaller requests (sizes and max_frame_num in reel.json).\n{tables}"
+        f"{passed[0].title}: takes {passed[0].gib:.3f} GiB, at the least {least.gib:.3f} GiB "
+        f"({least.words}), and {least.available / GIB:.3f} GiB are free"
+        + (f" (of host memory {least.host_available / GIB:.3f})" if least.host else "")
+        + ": use GPUs with more memory, more of them, or allow smaller requests (sizes and max_frame_num in "
+        "reel.json)",
+        tables="\n".join(plan.table() for plan in dict.fromkeys((passed[0], least))),
     )
 
 

@@ -1,5 +1,6 @@
 """From a checkpoint folder to a pipeline that is ready for requests."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -61,16 +62,19 @@ def load_pipeline(
     plan = plan_memory(spec, layout, mesh, device, dtype, vae_dtype, memory_limit, rung)
 
     load = Loader(mesh, device, dtype, vae_dtype, on_bytes)
-    text_encoder = load.text_encoder(layout, dit_config, on_cpu=plan.step >= RUNGS.index("text"))
     high, low, exchange = load.experts(layout, dit_config, plan.rung)
     vae = load.part("VAE", VAE, vae_config, layout.vae, lambda _: vae_dtype)
+    # Last, as on the CPU rank 0 alone reads it, and no collective call may wait for that.
+    text_encoder = load.text_encoder(layout, dit_config, on_cpu=plan.step >= RUNGS.index("text"))
     self_attend, cross_attend = (
         pick_attend(kind, dtype, dit_config.head_dim, device) for kind in ("self", "cross")
     )
+    lora_folder = LoraFolder(loras or folder / "loras")
+    spec = replace(spec, loras=tuple(lora_folder.names()))
     pipeline = Pipeline(spec, text_encoder, high, low, vae, mesh, device, self_attend, cross_attend)
     pipeline.exchange = exchange
     pipeline.branches_in_turn = plan.step >= RUNGS.index("branches")
-    pipeline.loras = Loras(LoraFolder(loras or folder / "loras"), high, low, mesh)
+    pipeline.loras = Loras(lora_folder, high, low, mesh)
     return pipeline
 
 

@@ -67,6 +67,10 @@ class Settings(BaseSettings):
     drain_seconds: Seconds = 600.0  # grace for the running job after SIGTERM
     step_timeout_seconds: Seconds = 600.0  # a rank silent for longer is taken for hung
     data_dir: Path = Path(".reel")
+    lora_dir: Path | None = None  # LoRAs that requests may name; None: the checkpoint's own loras/
+    verify_checkpoint: bool = False  # compare checksums before loading
+    warm_up: bool = True  # run the served shapes once before the first job
+    gpu_memory_gib: float | None = Field(None, gt=0)  # of one GPU that may be used; None: all that is free
 
     log_level: str = "INFO"
 
