@@ -69,6 +69,10 @@ class Settings(BaseSettings):
     step_timeout_seconds: Seconds = 600.0  # a rank silent for longer is taken for hung
     data_dir: Path = Path(".reel")
     node_price_per_hour: float = Field(0, ge=0)  # of the whole machine, in your currency; 0: unknown
+    lora_dir: Path | None = None  # LoRAs that requests may name; None: the checkpoint's own loras/
+    verify_checkpoint: bool = False  # compare checksums before loading
+    warm_up: bool = True  # run the served shapes once before the first job
+    gpu_memory_gib: float | None = Field(None, gt=0)  # of one GPU that may be used; None: all that is free
 
     log_level: str = "INFO"
 

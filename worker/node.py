@@ -189,6 +189,7 @@ def model_card(spec: ModelSpec, name: str | None) -> ModelCard:
         default_shift=spec.shift,
         default_sampling_steps=spec.sampling_steps,
         default_guide_scale=spec.guide_scale,
+        loras=list(spec.loras),
     )
 
 
