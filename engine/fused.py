@@ -9,6 +9,7 @@ Shapes: B batch, L tokens here, D model width, S timestep sets, R ranks of the s
 K head dimension.
 """
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,17 +28,23 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def applies(weight: Tensor) -> bool:
-    """Whether blocks with such weights run fused: half precision on CUDA, and no gradients wanted."""
-    return weight.is_cuda and weight.dtype in HALF and not torch.is_grad_enabled()
+    """Whether blocks with such weights run fused: half precision on CUDA, and no gradients wanted.
+
+    So do those without memory (the meta device), by which `engine.memory` plans a GPU's.
+    """
+    return (weight.is_cuda or weight.is_meta) and weight.dtype in HALF and not torch.is_grad_enabled()
 
 
 def packed_qkv(attention: "SelfAttention") -> tuple[Tensor, Tensor]:
     """One weight [3 D, D] and bias [3 D] for q, k and v. The three layers' own become views of them.
 
     So no memory is spent twice, checkpoints keep their names, and an update in place reaches both. Weights
-    that were replaced since (moved, loaded anew) are packed again.
+    that were replaced since (moved, loaded anew) are packed again. Weights that are `gathered` for this
+    one use (sharded over ranks) are joined each time instead.
     """
     layers = (attention.q, attention.k, attention.v)
+    if getattr(attention, "gathered", False):
+        return torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
     packed: tuple[Tensor, Tensor] | None = getattr(attention, "packed", None)
     if packed is None or any(
         layer.weight.data_ptr() != part.data_ptr()
@@ -136,7 +143,7 @@ def head(module: "Head", stream: Stream, time_BSD: Tensor, split: int) -> Tensor
 
 
 def run_blocks(
-    blocks: "list[Block]",
+    blocks: "Iterable[Block]",
     x_BLD: Tensor,
     e_BS6D: Tensor,
     split: int,

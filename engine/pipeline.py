@@ -24,11 +24,12 @@ from engine.config import (
     ProgressCallback,
 )
 from engine.dit import DiT, TextKV
-from engine.errors import OutOfMemory
+from engine.errors import OutOfMemory, RequestError
+from engine.lora import Loras
+from engine.offload import ExpertExchange, PromptEncoder
 from engine.parallel.mesh import Mesh
 from engine.requests import check
 from engine.sampler import TRAIN_TIMESTEPS, make_schedule, make_solver
-from engine.text_encoder import TextEncoder
 from engine.tracker import Tracker
 from engine.vae import VAE
 
@@ -39,7 +40,7 @@ class Pipeline:
     def __init__(
         self,
         spec: ModelSpec,
-        text_encoder: TextEncoder,
+        text_encoder: PromptEncoder,
         high: DiT,
         low: DiT | None,
         vae: VAE,
@@ -53,6 +54,9 @@ class Pipeline:
         self.high = high  # the high-noise expert, or the only one
         self.low = low
         self.sequence = mesh.sequence(attend, cross_attend)
+        self.loras: Loras | None = None  # None: no request may name any
+        self.exchange: ExpertExchange | None = None  # where one expert is in host memory
+        self.branches_in_turn = False  # whether a rank that makes both branches makes them one by one
 
     def generate(
         self,
@@ -73,6 +77,7 @@ class Pipeline:
         try:
             with torch.inference_mode():
                 with tracker.phase("encoding"):
+                    self.use_loras(request)
                     text_2TE = self.encode(request)
                     image = make_conditioning(request, self.spec, self.vae)
                 with tracker.phase("denoising"):
@@ -86,6 +91,13 @@ class Pipeline:
             torch.cuda.empty_cache()
             raise OutOfMemory(f"{self.device} ran out of memory at {tracker.where}: {error}") from error
         return GenerationResult(*image.size, frames, self.spec.fps, request.seed, tracker.seconds)
+
+    def use_loras(self, request: GenerationRequest) -> None:
+        """Have the experts carry the request's LoRAs and no others."""
+        if self.loras is not None:
+            self.loras.use(request.loras)
+        elif request.loras:
+            raise RequestError("loras", [use.name for use in request.loras], "none: there is no LoRA folder")
 
     def encode(self, request: GenerationRequest) -> Tensor:
         """[2, T, E] embeddings of the prompt and of the negative prompt."""
@@ -118,12 +130,14 @@ class Pipeline:
         solver = make_solver(request.solver, schedule)
         texts: dict[tuple[int, ...], TextKV] = {}
         latents_CFHW = image.pin(latents_CFHW)
+        plan = [self.expert_at(t, request.guide_scale) for t in schedule.timesteps.tolist()]
         expert = None
-        for step, t in enumerate(schedule.timesteps.tolist()):
+        for step, (t, (chosen, guide)) in enumerate(zip(schedule.timesteps.tolist(), plan, strict=True)):
             tracker.report("denoising", step, schedule.steps)
-            chosen, guide = self.expert_at(t, request.guide_scale)
             if chosen is not expert:
                 expert, texts = chosen, {}  # the other expert's text keys and values are done with
+            if self.exchange is not None:  # after the last step comes the next video's first
+                self.exchange.step(chosen, plan[(step + 1) % len(plan)][0], len(self.passes(guide)))
             flow_CFHW = self.flow(chosen, guide, t, latents_CFHW, text_2TE, texts, image)
             latents_CFHW = image.pin(solver.step(flow_CFHW, latents_CFHW))
         tracker.report("denoising", schedule.steps, schedule.steps)
@@ -143,16 +157,25 @@ class Pipeline:
 
         `texts` keeps the expert's text keys and values of the rows that this rank evaluates.
         """
-        rows = (0,) if guide == 1.0 else (0, 1) if self.mesh.guidance == 1 else (self.mesh.branch,)
-        if rows not in texts:
-            texts[rows] = expert.encode_text(text_2TE[list(rows)])
-        inputs = image.model_input(latents_CFHW)[None]
-        flow: Tensor = expert(inputs, image.timesteps(t, self.device), texts[rows], self.sequence)
+        passes = self.passes(guide)
+        for rows in passes:
+            if rows not in texts:
+                texts[rows] = expert.encode_text(text_2TE[list(rows)])
+        inputs, timesteps = image.model_input(latents_CFHW)[None], image.timesteps(t, self.device)
+        flow = torch.cat([expert(inputs, timesteps, texts[rows], self.sequence) for rows in passes])
         if guide == 1.0:
             return flow[0]
-        cond, uncond = flow if len(rows) == 2 else self.mesh.both_branches(flow)
+        cond, uncond = flow if self.mesh.guidance == 1 else self.mesh.both_branches(flow)
         guided: Tensor = uncond + guide * (cond - uncond)
         return guided
+
+    def passes(self, guide: float) -> list[tuple[int, ...]]:
+        """The forwards of a step, each by its rows of the texts: 0 conditional, 1 unconditional."""
+        if guide == 1.0:
+            return [(0,)]
+        if self.mesh.guidance == 2:
+            return [(self.mesh.branch,)]
+        return [(0,), (1,)] if self.branches_in_turn else [(0, 1)]
 
     def expert_at(self, t: int, guide_scale: tuple[float, float]) -> tuple[DiT, float]:
         """The expert for timestep t and its guidance scale; a lone expert uses the first of the pair."""

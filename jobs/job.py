@@ -86,6 +86,19 @@ SampleSolver = Literal["unipc", "dpm++"]
 GuidePair = tuple[float, float]  # (low-noise expert, high-noise expert)
 
 
+class Lora(BaseModel):
+    """A LoRA of the model's LoRA folder, for one expert or both."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[str, Field(max_length=128, description="As `GET /v1/models` lists it.")]
+    strength: Annotated[float, Field(strict=True, ge=-10, le=10, description="1.0: as it was trained.")] = 1.0
+    expert: Annotated[
+        Literal["both", "high", "low"],
+        Field(description="The high-noise expert, the low-noise one, or both."),
+    ] = "both"
+
+
 class VideoRequest(BaseModel):
     """A request with every default filled in: enough, with the model, to make the same video again."""
 
@@ -102,6 +115,7 @@ class VideoRequest(BaseModel):
     seed: int
     sample_solver: SampleSolver
     image: str | None = None  # storage key of the input image
+    loras: tuple[Lora, ...] = ()
 
 
 class JobError(BaseModel):
@@ -201,6 +215,7 @@ class ModelCard(BaseModel):
     max_sampling_steps: int = 100
     default_guide_scale: GuidePair
     sample_solvers: list[SampleSolver] = ["unipc", "dpm++"]
+    loras: list[str] = []  # names of the LoRAs that requests may use
     size_multiple: int = 16  # pixels; a size not listed is refused whatever its divisibility
     schema_: int = Field(SCHEMA, alias="schema")
 

@@ -14,6 +14,7 @@ from engine.errors import CheckpointError, OutOfMemory, RequestError
 from engine.load import load_pipeline
 from engine.parallel.mesh import Mesh
 from engine.specs import KNOWN
+from engine.warmup import warm_up
 from jobs.job import FailureClass, Job
 from worker.connect import open_store
 from worker.estimate import History
@@ -51,6 +52,7 @@ class Rank:
         torch.set_num_threads(self.plan.threads)
         self._device = self._pick_device()
         self._mesh = self._join(rendezvous)
+        settings = self.plan.settings
         dtype = torch.bfloat16 if self.plan.device == "cuda" else torch.float32
         try:
             self._pipeline = load_pipeline(
@@ -59,7 +61,14 @@ class Rank:
                 device=self._device,
                 dtype=dtype,
                 name=self.plan.name if self.plan.name in KNOWN else None,
+                loras=settings.lora_dir,
+                verify=settings.verify_checkpoint,
+                memory_limit=None
+                if settings.gpu_memory_gib is None
+                else int(settings.gpu_memory_gib * 2**30),
             )
+            if settings.warm_up:
+                warm_up(self._pipeline)
         except (CheckpointError, FileNotFoundError) as error:
             raise BadModel(str(error)) from None
         if self.index == 0:

@@ -63,7 +63,7 @@ def linear_gelu(x_BLK: Tensor, weight_NK: Tensor, bias_N: Tensor) -> Tensor:
     out = _ours(_choice("gelu", x_BLK, weight_NK), x_BLK, weight_NK, bias_N, 1)
     if out is not None:
         return out
-    if x_BLK.is_cuda and x_BLK.dtype in (torch.bfloat16, torch.float16):
+    if (x_BLK.is_cuda or x_BLK.is_meta) and x_BLK.dtype in (torch.bfloat16, torch.float16):
         return reference.library_gelu(x_BLK, weight_NK, bias_N)
     return reference.linear_gelu(x_BLK, weight_NK, bias_N)
 

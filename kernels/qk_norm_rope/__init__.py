@@ -1,8 +1,10 @@
 """RMSNorm on q and k, 3-D RoPE, and the layout that the all-to-all sends, in one pass over packed q, k, v.
 
-The torch reference runs on a CPU, the Triton kernel on CUDA.
+The torch reference runs on a CPU, the Triton kernel on CUDA; on the meta device only the kernel's memory
+is accounted for.
 """
 
+import torch
 from torch import Tensor
 
 from kernels.qk_norm_rope import reference
@@ -16,6 +18,8 @@ def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         from kernels.qk_norm_rope import triton
 
         return triton.rms_norm(x_BLD, weight_D, eps)
+    if x_BLD.is_meta:
+        return torch.empty_like(x_BLD)
     return reference.rms_norm(x_BLD, weight_D, eps)
 
 
@@ -37,4 +41,9 @@ def qk_norm_rope(
         from kernels.qk_norm_rope import triton
 
         return triton.qk_norm_rope(qkv_BLD, weight_q_D, weight_k_D, rope, heads, ranks, eps)
+    if qkv_BLD.is_meta:
+        batch, length, packed = qkv_BLD.shape
+        shape = (2 if ranks == 1 else 3, ranks, batch, length, heads // ranks, packed // 3 // heads)
+        out = torch.empty(shape, dtype=qkv_BLD.dtype, device=qkv_BLD.device)
+        return out[0], out[1], out[-1]
     return reference.qk_norm_rope(qkv_BLD, weight_q_D, weight_k_D, rope, heads, ranks, eps)

@@ -96,7 +96,8 @@ def nvidia_smi(folder: Path, body: str) -> str:
     return str(program)
 
 
-def test_gpu_load_is_read_from_the_driver(tmp_path: Path) -> None:
+def test_gpu_load_is_read_from_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     meter = GpuMeter(nvidia_smi(tmp_path, "echo '0, 97, 71234, 81559'; echo '1, 3, 10, 81559'"))
     assert meter.sample()
     assert [gpu.busy for gpu in meter.latest] == [0.97, 0.03]
@@ -106,6 +107,10 @@ def test_gpu_load_is_read_from_the_driver(tmp_path: Path) -> None:
     assert meter.latest == []
     nvidia_smi(tmp_path, "echo '[Not Supported]'")
     assert meter.sample()
+    nvidia_smi(tmp_path, """case "$1" in --id=2,3) echo '2, 1, 2, 3';; *) exit 6;; esac""")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")  # only the node's own
+    assert meter.sample()
+    assert [gpu.index for gpu in meter.latest] == [2]
     assert not GpuMeter(str(tmp_path / "none")).sample()
     with pytest.raises(ValueError, match="utilization"):
         parse("1, 2")

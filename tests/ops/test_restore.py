@@ -122,6 +122,11 @@ def as_role(role: str, server: RedisServer, secrets: Path) -> Any:
     return connect(Settings(redis_url=server.url.replace("unix://", f"unix://{found[1]}:{found[2]}@")))
 
 
+def shown(capsys: pytest.CaptureFixture[str]) -> str:
+    """The new value, at the end of the first line."""
+    return capsys.readouterr().out.splitlines()[0].split()[-1]
+
+
 def test_api_keys_and_webhook_secrets_rotate_by_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,14 +138,14 @@ def test_api_keys_and_webhook_secrets_rotate_by_command(
             keys = KeyStore(connect(Settings()), SECRET)
             record, old, old_secret = keys.create("customer", (Scope.SUBMIT,))
             assert invoke(["keys", "rotate", record.id]) == 0
-            new = capsys.readouterr().out.split()[-1]
+            new = shown(capsys)
             assert new != old
             assert all(keys.authenticate(plain) is not None for plain in (old, new))  # both, for a day
-            assert invoke(["keys", "rotate", record.id, "--webhook-secret", "--overlap", "60"]) == 0
-            new_secret = capsys.readouterr().out.split()[-1]
+            assert invoke(["keys", "rotate-secret", record.id, "--overlap-hours", "0.5"]) == 0
+            new_secret = shown(capsys)
             assert keys.webhook_secrets(record.id) == [new_secret, old_secret]
-            assert invoke(["keys", "rotate", record.id, "--overlap", "0"]) == 0
-            newest = capsys.readouterr().out.split()[-1]
+            assert invoke(["keys", "rotate", record.id, "--overlap-hours", "0"]) == 0
+            newest = shown(capsys)
             assert keys.authenticate(new) is None
             assert keys.authenticate(newest) is not None
             assert invoke(["keys", "rotate", "key_none"]) == 1
