@@ -82,9 +82,9 @@ class Fleet:
             feeder.join(30)
         assert not failed, failed
 
-    def job(self, job_id: str) -> dict[str, Any]:
+    def job(self, job_id: str, api: str | None = None) -> dict[str, Any]:
         """One job, as its customer sees it."""
-        return self._client(self.deployment.url("api")).job(job_id)
+        return self._client(api or self.deployment.url("api")).job(job_id)
 
     def records(self) -> dict[str, Job]:
         """All jobs as an operator sees them, by id."""
