@@ -53,6 +53,7 @@ def run(
         if device.type == "cuda":
             torch.cuda.set_device(device)
         pipeline = load_pipeline(model, mesh=mesh, device=device, dtype=DTYPES.get(dtype or ""))
+        mesh.meet()
         request = resolve(
             pipeline.spec,
             prompt,
