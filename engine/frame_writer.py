@@ -2,6 +2,7 @@
 
 import queue
 import threading
+from collections.abc import Callable
 from types import TracebackType
 
 import numpy as np
@@ -10,14 +11,18 @@ from torch import Tensor
 
 from engine.config import FrameSink
 
+BEAT_SECONDS = 1.0
 AHEAD = 2  # chunks that may be queued on the GPU before the first must be done: progress stays true
 
 
 class FrameWriter:
-    """Give it chunks, in a `with`: at its end all are written. An error of the sink is raised again here."""
+    """Give it chunks, in a `with`: at its end all are written. An error of the sink is raised again here.
 
-    def __init__(self, sink: FrameSink) -> None:
-        self._sink = sink
+    `beat` is called while it waits for the sink, so that nobody takes the wait for a hang.
+    """
+
+    def __init__(self, sink: FrameSink, beat: Callable[[], None] = lambda: None) -> None:
+        self._sink, self._beat = sink, beat
         self._queue: queue.Queue[tuple[np.ndarray, torch.cuda.Event | None] | None] = queue.Queue()
         self._error: BaseException | None = None
         self._drop = threading.Event()
@@ -66,6 +71,8 @@ class FrameWriter:
         if kind is not None:
             self._drop.set()  # canceled or failed: what is queued is of no use
         self._queue.put(None)
-        self._thread.join()
+        while self._thread.is_alive():
+            self._beat()
+            self._thread.join(BEAT_SECONDS)
         if kind is None:
             self._check()

@@ -167,13 +167,13 @@ class Pipeline:
         """Write the frames to the sink as they come; returns how many there are."""
         latents = latents_CFHW[None].to(next(self.vae.parameters()).dtype)
         chunks, space = latents.shape[2], self.mesh.space(*latents.shape[3:])
-        with FrameWriter(sink) as writer:
+        with FrameWriter(sink, self.mesh.beat) as writer:
             for chunk, frames in enumerate(self.vae.decode_chunks(latents, space)):
                 tracker.report("decoding", chunk, chunks)
                 levels = space.collect(to_uint8(frames[0]))
                 if levels is not None and self.mesh.rank == 0:
                     writer.write(levels.permute(1, 2, 3, 0))
-        tracker.report("decoding", chunks, chunks)
+            tracker.report("decoding", chunks, chunks)  # the others need not wait for the sink
         return (chunks - 1) * self.spec.vae.stride[0] + 1
 
 

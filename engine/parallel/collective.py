@@ -7,6 +7,8 @@ by side; the push transport needs none.
 Shapes as in `engine.parallel.exchange`.
 """
 
+from collections.abc import Sequence
+
 import torch.distributed as dist
 from torch import Tensor
 
@@ -15,16 +17,17 @@ from engine.parallel.exchange import Traffic
 
 
 class CollectiveTransport:
-    """`all_to_all_single` over a process group."""
+    """`all_to_all_single` over a process group; `pieces` of the data for each rank, one if not given."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, pieces: Sequence[int] | None = None) -> None:
         self.group = group
-        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.pieces = list(pieces or [1] * dist.get_world_size(group))
+        self.rank, self.ranks = dist.get_rank(group), sum(self.pieces)
         self.name = f"{dist.get_backend(group)} all-to-all"
 
     def exchange(self, traffic: Traffic, lane: int) -> "CollectiveExchange":
         """Start one self-attention's traffic; lanes need no care, as nothing is shared between runs."""
-        return CollectiveExchange(self.group, traffic)
+        return CollectiveExchange(self, traffic)
 
     def close(self) -> None:
         """Nothing is kept."""
@@ -33,8 +36,8 @@ class CollectiveTransport:
 class CollectiveExchange:
     """See `engine.parallel.exchange.Exchange`."""
 
-    def __init__(self, group: dist.ProcessGroup, traffic: Traffic) -> None:
-        self._group, self._traffic = group, traffic
+    def __init__(self, transport: CollectiveTransport, traffic: Traffic) -> None:
+        self._by, self._traffic = transport, traffic
         self._coming: dict[tuple[str, int], tuple[Tensor, list[dist.Work]]] = {}
 
     def send(self, name: QKV, x: Tensor, packed: bool) -> None:
@@ -60,8 +63,9 @@ class CollectiveExchange:
         return self._wait("o", group).movedim(1, 2).flatten(2)
 
     def _start(self, name: str, group: int, sent: Tensor, received: Tensor) -> None:
+        pieces = self._by.pieces
         works = [
-            dist.all_to_all_single(into, source, group=self._group, async_op=True)
+            dist.all_to_all_single(into, source, pieces, pieces, group=self._by.group, async_op=True)
             for into, source in zip(
                 received.view(len(sent), self._traffic.layout.ranks, -1), sent.flatten(2), strict=True
             )

@@ -3,10 +3,9 @@
 Shapes: T text tokens, E embedding width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -16,22 +15,23 @@ if TYPE_CHECKING:
 
 
 def encode_once(prompts: Sequence[str], encoder: "TextEncoder", mesh: "Mesh") -> list[Tensor]:
-    """[T, E] of each prompt, on every rank: the prompts are encoded side by side on ranks far apart."""
+    """[T, E] of each prompt, on every rank."""
     if mesh.control is None:
         return [encoder.encode(prompt) for prompt in prompts]
-    owners = [mesh.size * i // len(prompts) for i in range(len(prompts))]
     weight = encoder.umt5.shared.weight
     shape = (encoder.text_len, weight.shape[1])
+    return broadcast_texts(lambda i: encoder.encode(prompts[i]), len(prompts), shape, weight)
+
+
+def broadcast_texts(
+    encode: Callable[[int], Tensor], count: int, shape: tuple[int, int], like: Tensor
+) -> list[Tensor]:
+    """`encode(i)` of `shape` for each i below `count` on every rank, done side by side on ranks far apart."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    owners = [ranks * i // count for i in range(count)]
     texts = [
-        encoder.encode(prompt)
-        if owner == mesh.rank
-        else torch.empty(shape, dtype=weight.dtype, device=weight.device)
-        for owner, prompt in zip(owners, prompts, strict=True)
+        encode(i).contiguous() if owner == rank else like.new_empty(shape) for i, owner in enumerate(owners)
     ]
-    works = [
-        dist.broadcast(text, src=owner, async_op=True) for owner, text in zip(owners, texts, strict=True)
-    ]
-    for work in works:
-        if work is not None:
-            work.wait()
+    for text, owner in zip(texts, owners, strict=True):
+        dist.broadcast(text, src=owner)
     return texts

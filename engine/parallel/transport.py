@@ -21,6 +21,11 @@ TRIAL_SECONDS = 10
 log = logging.getLogger(__name__)
 
 
+def best(device: torch.device) -> Kind:
+    """What is tried first: a push that takes no SM on GPUs, gloo on CPUs."""
+    return "symmetric" if device.type == "cuda" else "collective"
+
+
 def make_transport(kind: str, group: dist.ProcessGroup, device: torch.device, timeout: float) -> Transport:
     """A transport of this kind over the group's ranks; "auto" needs `choose_transport`."""
     route = Route.straight(dist.get_rank(group), dist.get_world_size(group))
@@ -44,8 +49,7 @@ def choose_transport(
     """
     if kind not in KINDS:
         raise ValueError(f"no transport is called {kind!r}; there are {', '.join(KINDS)}")
-    best = "symmetric" if device.type == "cuda" else "collective"
-    wanted = best if kind == "auto" else kind
+    wanted = best(device) if kind == "auto" else kind
     transport = make_transport(wanted, group, device, timeout)
     problem = "" if wanted == "collective" else _trial(transport, device)
     everywhere = torch.tensor([int(not problem)])
@@ -55,6 +59,7 @@ def choose_transport(
         if kind != "auto":
             raise RuntimeError(f"the transport {transport.name} doesn't work here: {why}")
         log.warning("transport %s passed over: %s", transport.name, why)
+        transport.close()
         transport = make_transport("collective", group, device, timeout)
     log.info("attention's transport over %d ranks: %s", transport.ranks, transport.name)
     return transport
