@@ -3,7 +3,6 @@
 The difference isn't 0: a rank multiplies matrices of fewer rows, which BLAS may sum in another order.
 """
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,13 +20,14 @@ from engine.vae_blocks import WholeFrame
 from tests.engine.oracle import relative
 from tests.engine.ranks import (
     CHECKS,
-    FUSED,
     GRIDS,
     LAYOUTS,
     LIMIT_SECONDS,
     LOSSES,
     VAES,
+    VARIANTS,
     case_latents,
+    environment,
     fused_latents,
     grid_name,
     make_checkpoint,
@@ -56,7 +56,7 @@ def ranks(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     subprocess.run(
         [sys.executable, "-m", "tests.engine.ranks", str(checkpoint), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        env=environment(),
         timeout=SECONDS,
         check=True,
     )
@@ -89,8 +89,15 @@ def test_every_layout_makes_the_latents_of_one_rank(
     expect_equal(got, case_latents(alone, grid))
 
 
-@pytest.mark.parametrize("variant", FUSED)
-@pytest.mark.parametrize("layout", [layout for layout in WORLDS if not layout.endswith("x1")])
+@pytest.mark.parametrize(
+    ("layout", "variant"),
+    [
+        (layout, variant)
+        for layout, world in WORLDS.items()
+        for variant in VARIANTS[world]
+        if not layout.endswith("x1")
+    ],
+)
 def test_every_transport_and_overlap_makes_the_latents_of_one_rank(
     ranks: Path, alone: Pipeline, layout: str, variant: str
 ) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -20,6 +19,7 @@ from benchmarks._timeline import draw, lines
 from benchmarks._verify import WrongResult
 from benchmarks.parallel import check
 from engine.attention import Overlap
+from tests.engine.ranks import environment
 
 MEASURED = Measured(16_000.0, 370.0, 40, 75_600, MODELS["A14B"])
 
@@ -27,7 +27,7 @@ MEASURED = Measured(16_000.0, 370.0, 40, 75_600, MODELS["A14B"])
 def rehearse(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "benchmarks.parallel", "--device", "cpu", "--gpus", "2", *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=150,
