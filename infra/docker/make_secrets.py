@@ -38,6 +38,7 @@ WHOLE_KEYS = (
     "uploads:users",
 )
 ROLES = ("api", "celery", "node", "scaler", "ops")
+S3_ROLES = ("api", "celery", "node", "ops")  # the scaler has no business there
 
 
 def key_patterns(role: str) -> str:
@@ -76,7 +77,7 @@ def s3(secret_keys: dict[str, str], bucket: str = BUCKET) -> str:
             "credentials": [{"accessKey": role, "secretKey": secret_keys[role]}],
             "actions": actions[role],
         }
-        for role in ROLES
+        for role in S3_ROLES
     ]
     return json.dumps({"identities": identities}, indent=1) + "\n"
 
@@ -85,12 +86,12 @@ def make(folder: Path, host: str = HOST) -> None:
     """Write every secret into `folder`, each file readable by its owner alone."""
     folder.mkdir(parents=True, mode=0o700)
     passwords = {role: secrets.token_hex(24) for role in ROLES}
-    s3_secrets = {role: secrets.token_hex(24) for role in ROLES}
+    s3_secrets = {role: secrets.token_hex(24) for role in S3_ROLES}
     files = {
         "users.acl": acl(passwords),
         "secret_key": secrets.token_hex(32) + "\n",
         "s3.json": s3(s3_secrets),
-        **{f"s3_secret_{role}": s3_secrets[role] + "\n" for role in ROLES},
+        **{f"s3_secret_{role}": s3_secrets[role] + "\n" for role in S3_ROLES},
         "grafana_password": secrets.token_hex(12) + "\n",
         **{f"redis_url_{role}": f"redis://{role}:{passwords[role]}@{host}/0\n" for role in ROLES},
     }
