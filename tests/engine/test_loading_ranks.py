@@ -45,7 +45,8 @@ def ranks(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.engine.loading_ranks", str(checkpoint), str(folder)],
-            env=environment(rank, folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**environment(), "RANK": str(rank), "WORLD_SIZE": "2", "MEETING": str(folder / "meeting")},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for rank in range(2)
     ]  # fmt: skip
