@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine.config import Task
 from engine.load import load_pipeline
 from engine.pipeline import Pipeline
 from engine.tiny import make_tiny
-from tests.engine.loading_ranks import LORA, SIZE, video
+from tests.engine.loading_ranks import LORA, SIZE, photo_video, video
 from tests.engine.loras import write_lora
 from tests.engine.ranks import environment
 
@@ -39,12 +40,15 @@ def alone(checkpoint: Path) -> Pipeline:
 
 
 @pytest.fixture(scope="module")
-def ranks(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+def ranks(
+    checkpoint: Path, image_models: dict[Task, Path], picture: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, Any]]]:
     """(what rank 0 wrote, what both found)."""
     folder = tmp_path_factory.mktemp("ranks")
+    paths = (checkpoint, folder, image_models["i2v"], picture)
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.engine.loading_ranks", str(checkpoint), str(folder)],
+            [sys.executable, "-m", "tests.engine.loading_ranks", *map(str, paths)],
             env=environment(rank, folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for rank in range(2)
@@ -78,6 +82,13 @@ def test_every_rung_makes_the_same_video(ranks: Ranks, alone: Pipeline, rung: st
     for frames, expected in ((plain, video(alone)), (with_lora, video(alone, LORA)), (again, plain)):
         assert np.abs(frames.astype(int) - expected).max() <= 1  # a level of 255: sums in another order
     assert np.abs(with_lora.astype(int) - plain).max() > 8
+
+
+def test_a_4_to_3_picture_over_two_ranks_makes_the_video_of_one(
+    ranks: Ranks, image_models: dict[Task, Path], picture: Path
+) -> None:
+    expected = photo_video(load_pipeline(image_models["i2v"], device="cpu"), picture)
+    assert np.abs(np.load(ranks[0] / "photo.npy").astype(int) - expected).max() <= 1
 
 
 @pytest.mark.parametrize("rung", RUNGS)
