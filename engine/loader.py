@@ -15,8 +15,9 @@ from engine.layout import Layout, Part
 from engine.memory import Rung
 from engine.offload import ExpertExchange, HostTextEncoder, PromptEncoder, ShardedBlocks
 from engine.parallel.mesh import Mesh
-from engine.text_encoder import TextEncoder, config_from_shapes, load_tokenizer, official_name
+from engine.text_encoder import TextEncoder, load_tokenizer
 from engine.transfer import Meter
+from engine.umt5 import config_from_shapes, official_name
 from engine.weights import check, expected_shapes, load_into
 
 log = logging.getLogger(__name__)

@@ -139,7 +139,11 @@ class VideoResult(BaseModel):
     fps: float
     bytes: int
     sha256: str  # of the MP4
-    seconds: dict[str, float] = Field(default_factory=dict)  # phase to wall seconds
+    seconds: dict[str, float] = Field(default_factory=dict)  # phase to wall seconds; publishing: the upload
+    device: str = ""  # what it was made on, such as "NVIDIA H200"
+    gpus: int = 0  # how many of them; on a CPU, processes
+    gpu_seconds: float | None = None  # GPUs times the seconds that this attempt held them
+    cost: float | None = None  # those seconds at the node's price (REEL_NODE_PRICE_PER_HOUR), if it has one
 
 
 class Job(BaseModel):

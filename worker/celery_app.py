@@ -18,6 +18,7 @@ from celery.beat import EmbeddedService
 from celery.exceptions import SecurityWarning
 
 from jobs.client import connect
+from jobs.endpoints import EndpointStore
 from jobs.keys import KeyStore
 from jobs.log import setup_logging
 from jobs.outbox import Outbox
@@ -26,7 +27,7 @@ from jobs.storage import ObjectStore
 from jobs.store import JobStore
 from jobs.uploads import UploadIndex
 from worker.sweeper import remove_files, sweep
-from worker.webhooks import WebhookSender
+from worker.webhooks import WebhookSender, signing_secrets
 
 PREFIX = "reel:celery:"  # of every Redis key that Celery makes
 VISIBILITY_SECONDS = 120  # an unacknowledged message comes back after this; above any task's time
@@ -59,8 +60,12 @@ class Services:
         """The webhook sender; only here is the secret key needed."""
         assert self.settings.secret_key is not None, "checked at start"
         keys = KeyStore(self.redis, self.settings.secret_key)
+        endpoints = EndpointStore(self.redis, self.settings, self.settings.secret_key)
         return WebhookSender(
-            self.outbox, keys.webhook_secrets, allow_loopback=self.settings.allow_loopback_callbacks
+            self.outbox,
+            signing_secrets(keys, endpoints),
+            allow_loopback=self.settings.allow_loopback_callbacks,
+            allowed_hosts=self.settings.local_hosts,
         )
 
     @cached_property

@@ -25,13 +25,20 @@ class Answer:
     retry_after: float | None = None  # seconds, as the receiver asked
 
 
-def post(url: str, body: bytes, headers: dict[str, str], *, allow_loopback: bool) -> Answer:
+def post(
+    url: str,
+    body: bytes,
+    headers: dict[str, str],
+    *,
+    allow_loopback: bool,
+    allowed_hosts: frozenset[str] = frozenset(),
+) -> Answer:
     """POST `body`; never raises. The answer's body is not read, redirects are not followed, proxies not used.
 
     The address is looked up and checked now, and the connection goes to exactly what was checked.
     """
     try:
-        addresses = check_callback_url(url, allow_loopback=allow_loopback)
+        addresses = check_callback_url(url, allow_loopback=allow_loopback, allowed_hosts=allowed_hosts)
         return asyncio.run(_post_any(url, addresses, body, headers))
     except CallbackRefused as error:
         return Answer(error=str(error))

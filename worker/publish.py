@@ -13,9 +13,11 @@ from jobs.errors import LeaseLost, StorageUnavailable, StoreUnavailable
 from jobs.job import FailureClass, Job, JobError, Phase, VideoResult
 from jobs.storage import ObjectStore, artifact_key
 from jobs.store import JobStore
+from jobs.timings import Timings
 from worker.drain import Drain
 from worker.estimate import PUBLISHING_PROGRESS
 from worker.lease import Lease, tell
+from worker.spent import spent
 from worker.spool import Spool
 from worker.video import POSTER, VIDEO, VideoFacts, read_facts
 
@@ -48,7 +50,9 @@ class Publisher:
     def __init__(self, store: JobStore, storage: ObjectStore, spool: Spool, drain: Drain) -> None:
         self._store, self._storage, self._spool, self._drain = store, storage, spool, drain
         self._free = threading.Semaphore(1)
+        self._timings = Timings(store.redis)
         self.job: Job | None = None  # being published
+        self.step_seconds: float | None = None  # one denoising step of the last published video
 
     def take(self, finished: Finished) -> None:
         """Hand over a finished job. Blocks, keeping its lease, while an earlier one is on its way."""
@@ -103,8 +107,10 @@ class Publisher:
         manifest = facts.manifest | {"video": {"sha256": facts.sha256, "bytes": facts.bytes}}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
         keys = {name: artifact_key(job.id, job.token, name) for name in CONTENT_TYPES}
+        began = time.monotonic()
         for name, content_type in CONTENT_TYPES.items():
             self._put(job, keys[name], folder / name, content_type, lease)
+        upload = {Phase.PUBLISHING.value: round(time.monotonic() - began, 4)}
         return VideoResult(
             video_key=keys[VIDEO],
             poster_key=keys[POSTER],
@@ -115,7 +121,8 @@ class Publisher:
             fps=facts.fps,
             bytes=facts.bytes,
             sha256=facts.sha256,
-            seconds=facts.seconds,
+            seconds=facts.seconds | upload,
+            **spent(facts, self._store.settings.node_price_per_hour),
         )
 
     def _put(self, job: Job, key: str, path: Path, content_type: str, lease: Lease) -> None:
@@ -139,10 +146,17 @@ class Publisher:
             self._go_on(lease)
             try:
                 self._store.finish(job.id, job.token, result)
+                self._learn(job, result)
                 return
             except StoreUnavailable as error:
                 log.warning("job %s: cannot commit yet: %s", job.id, error)
             self._pause(1.0, lease)
+
+    def _learn(self, job: Job, result: VideoResult) -> None:
+        """Let estimates know what this video took."""
+        self._timings.learn(job.request, result.seconds)
+        if denoising := result.seconds.get("denoising"):
+            self.step_seconds = denoising / job.request.sampling_steps
 
     def _withdraw(self, job: Job, lease: Lease) -> None:
         """Leave nothing of ours behind: canceled, given back (draining), or a stale owner."""

@@ -1,19 +1,27 @@
 """Make the secrets that docker-compose.yml mounts, once: `python infra/docker/make_secrets.py [FOLDER]`.
 
-Standard library only. An existing folder is left alone, so that a second run changes no password. Redis gets
-one user a role: a node can neither read API keys nor administer Redis.
+    python infra/docker/make_secrets.py --rotate node     a second password for a role, beside the old one
+    python infra/docker/make_secrets.py --finish node     the old one goes
+
+Standard library only. An existing folder is left alone, so that a second run changes no password. Redis and
+S3 get one user a role, here and in the local stack: a node can neither read API keys or webhook secrets, nor
+make keys, nor administer Redis, and in S3 it reads input images and writes videos alone.
 """
 
+import argparse
 import json
+import re
 import secrets
 import sys
 from pathlib import Path
 
 HOST = "redis:6379"
+BUCKET = "reelserve"
 # Keys that claims, heartbeats, ends and sweeps touch: all of jobs/scripts.py but API keys and limits.
 JOB_KEYS = (
     "job", "body", "events", "lane", "lanes", "rising", "vtime", "waiting", "running", "leases", "wake",
     "claim", "list", "idem", "delivery", "deliveries", "pending", "gone", "node", "drain",
+    "endpoints", "timings",
 )  # fmt: skip
 WHOLE_KEYS = (
     "queues",
@@ -23,17 +31,23 @@ WHOLE_KEYS = (
     "garbage",
     "outbox",
     "outbox:dead",
+    "outcomes",
     "nodes",
     "models",
+    "uploads",
+    "uploads:users",
 )
-ROLES = ("api", "celery", "node", "ops")
+ROLES = ("api", "celery", "node", "scaler", "ops")
 
 
 def key_patterns(role: str) -> str:
     """Which keys a role's user may touch."""
-    if role != "node":
+    if role not in ("node", "scaler"):
         return "~reel:*"
-    return " ".join([*(f"~reel:{name}:*" for name in JOB_KEYS), *(f"~reel:{name}" for name in WHOLE_KEYS)])
+    more = ["~reel:scaler:*"] if role == "scaler" else []
+    return " ".join(
+        [*(f"~reel:{name}:*" for name in JOB_KEYS), *(f"~reel:{name}" for name in WHOLE_KEYS), *more]
+    )
 
 
 def acl(passwords: dict[str, str]) -> str:
@@ -45,44 +59,95 @@ def acl(passwords: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def s3(access: str, secret: str) -> str:
-    """SeaweedFS' identities."""
-    identity = {
-        "name": "reelserve",
-        "credentials": [{"accessKey": access, "secretKey": secret}],
-        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-    }
-    return json.dumps({"identities": [identity]}, indent=1) + "\n"
+def s3(secret_keys: dict[str, str], bucket: str = BUCKET) -> str:
+    """SeaweedFS' identities: a role's access key is its name. Celery makes the bucket and removes files."""
+    everything = ["Admin", "Read", "Write", "List", "Tagging"]
+    actions = {
+        "api": [f"{verb}:{bucket}" for verb in ("Read", "Write", "List")],
+        "celery": everything,
+        "node": [
+            f"Read:{bucket}/uploads/*", f"Read:{bucket}/jobs/*", f"Write:{bucket}/jobs/*", f"List:{bucket}"
+        ],
+        "ops": everything,
+    }  # fmt: skip
+    identities = [
+        {
+            "name": role,
+            "credentials": [{"accessKey": role, "secretKey": secret_keys[role]}],
+            "actions": actions[role],
+        }
+        for role in ROLES
+    ]
+    return json.dumps({"identities": identities}, indent=1) + "\n"
 
 
 def make(folder: Path, host: str = HOST) -> None:
     """Write every secret into `folder`, each file readable by its owner alone."""
     folder.mkdir(parents=True, mode=0o700)
     passwords = {role: secrets.token_hex(24) for role in ROLES}
-    s3_secret = secrets.token_hex(24)
+    s3_secrets = {role: secrets.token_hex(24) for role in ROLES}
     files = {
         "users.acl": acl(passwords),
         "secret_key": secrets.token_hex(32) + "\n",
-        "s3_secret_key": s3_secret + "\n",
-        "s3.json": s3("reelserve", s3_secret),
+        "s3.json": s3(s3_secrets),
+        **{f"s3_secret_{role}": s3_secrets[role] + "\n" for role in ROLES},
         "grafana_password": secrets.token_hex(12) + "\n",
         **{f"redis_url_{role}": f"redis://{role}:{passwords[role]}@{host}/0\n" for role in ROLES},
     }
     for name, text in files.items():
-        path = folder / name
-        path.touch(mode=0o600)
-        path.write_text(text)
-        path.chmod(0o444)  # the folder is closed; inside their containers other users read the files
+        write(folder / name, text)
+
+
+def write(path: Path, text: str) -> None:
+    """In place, since a container that has the file mounted sees this one and no successor of its name."""
+    path.touch(mode=0o600)
+    path.chmod(0o600)
+    path.write_text(text)
+    path.chmod(0o444)  # the folder is closed; inside their containers other users read the files
+
+
+def rotate(folder: Path, role: str) -> None:
+    """Give a role's Redis user a new password beside its old one, and its URL the new one."""
+    acl, url = folder / "users.acl", folder / f"redis_url_{role}"
+    new = secrets.token_hex(24)
+    users = re.sub(rf"^(user {role} on) ", rf"\1 >{new} ", acl.read_text(), flags=re.MULTILINE)
+    address = re.sub(r"(?<=//)[^@]*(?=@)", f"{role}:{new}", url.read_text())
+    write(acl, users)
+    write(url, address)
+
+
+def finish(folder: Path, role: str) -> None:
+    """Leave a role's Redis user no password but the one in its URL."""
+    found = re.search(r"//[^:]*:([^@]*)@", (folder / f"redis_url_{role}").read_text())
+    if found is None:
+        raise ValueError(f"{folder}/redis_url_{role} has no password; expected redis://{role}:...@HOST")
+    acl = folder / "users.acl"
+    users = re.sub(rf"^(user {role} on)( >\S+)+", rf"\1 >{found[1]}", acl.read_text(), flags=re.MULTILINE)
+    write(acl, users)
 
 
 def main() -> None:
     """The command."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("secrets")
-    if folder.exists():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("secrets"))
+    step = parser.add_mutually_exclusive_group()
+    step.add_argument("--rotate", choices=ROLES)
+    step.add_argument("--finish", choices=ROLES)
+    args = parser.parse_args()
+    folder: Path = args.folder
+    if role := args.rotate or args.finish:
+        if not folder.is_dir():
+            sys.exit(f"{folder} is not there: run this without --rotate or --finish first")
+        (rotate if args.rotate else finish)(folder, role)
+        then = "restart what logs in as it, then --finish" if args.rotate else "the old password is void then"
+        print(f"changed {role} in {folder}: have Redis read it (ACL LOAD); {then}")
+    elif folder.exists():
         print(f"{folder} is there already: nothing was changed")
-        return
-    make(folder)
-    print(f"made {folder}; keep it out of version control and backups that others read")
+    else:
+        make(folder)
+        print(f"made {folder}; keep it out of version control and backups that others read")
 
 
 if __name__ == "__main__":
