@@ -20,8 +20,9 @@ from engine.offload import HostTextEncoder, PromptEncoder
 from engine.parallel.mesh import Mesh
 from engine.pipeline import Pipeline
 from engine.specs import T2V_A14B, TI2V_5B, Facts, make_spec
-from engine.text_encoder import TextEncoder, umt5_config
+from engine.text_encoder import TextEncoder
 from engine.tiny import CORPUS, TINY_DIT, TINY_VAE
+from engine.umt5 import umt5_config
 from engine.vae import VAE
 from engine.weights import Entry, expected_shapes
 

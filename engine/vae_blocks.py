@@ -29,7 +29,7 @@ class Stream:
             b, c, _, h, w = x_BCTHW.shape
             past = x_BCTHW.new_zeros(b, c, frames, h, w)
         x_BCTHW = torch.cat((past, x_BCTHW), dim=2)
-        self.past[layer] = x_BCTHW[:, :, -frames:]
+        self.past[layer] = x_BCTHW[:, :, -frames:].clone()  # a view would hold the whole chunk
         return x_BCTHW
 
 

@@ -8,8 +8,9 @@ import torch
 from engine.checkpoint_writer import build_tokenizer, write_checkpoint
 from engine.config import Task
 from engine.dit import DiT
-from engine.text_encoder import TextEncoder, umt5_config
+from engine.text_encoder import TextEncoder
 from engine.tiny import CORPUS, TINY_DIT, randomize
+from engine.umt5 import umt5_config
 from engine.vae import VAE
 from tests.engine.oracle import twin_vaes
 
