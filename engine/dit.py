@@ -12,7 +12,7 @@ dtype of their weights. Facts: the official `wan/modules/model.py` (Wan-Video/Wa
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -283,9 +283,9 @@ class DiT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
 
-    def visit_blocks(self, *, forward: bool) -> Iterator[Block]:
-        """The blocks in order, each on the device while it is used."""
-        return iter(self._blocks()) if self.keeper is None else self.keeper.visit(self, forward=forward)
+    def visit_blocks(self, *, forward: bool) -> Iterable[Block]:
+        """The blocks in order, each on the device while it is used; a list where they all are."""
+        return self._blocks() if self.keeper is None else self.keeper.visit(self, forward=forward)
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]

@@ -8,7 +8,6 @@ is (conditional, unconditional).
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,11 +24,14 @@ from engine.config import (
 )
 from engine.dit import DiT, TextKV
 from engine.errors import OutOfMemory, RequestError
+from engine.frame_writer import FrameWriter
 from engine.lora import Loras
 from engine.offload import ExpertExchange, PromptEncoder
 from engine.parallel.mesh import Mesh
+from engine.parallel.text import encode_once
 from engine.requests import check
 from engine.sampler import TRAIN_TIMESTEPS, make_schedule, make_solver
+from engine.text_encoder import TextEncoder
 from engine.tracker import Tracker
 from engine.vae import VAE
 
@@ -70,16 +72,16 @@ class Pipeline:
         """Make the request's video and write its frames to `sink` (on rank 0).
 
         `latents_out` receives the latents before the VAE as safetensors, key `latents`, [C, F, H, W] fp32.
-        Raises RequestError, OutOfMemory, and engine.config.Canceled on all ranks at a step boundary.
+        Raises RequestError, OutOfMemory, RankLost, and on all ranks at a step boundary Canceled.
         """
         check(request, self.spec)
         tracker = Tracker(self.mesh, self.device, on_progress, should_cancel)
         try:
-            with torch.inference_mode():
+            with self.mesh.working(), torch.inference_mode():
                 with tracker.phase("encoding"):
                     self.use_loras(request)
                     text_2TE = self.encode(request)
-                    image = make_conditioning(request, self.spec, self.vae)
+                    image = make_conditioning(request, self.spec, self.vae, self.mesh.space)
                 with tracker.phase("denoising"):
                     noise_CFHW = self.noise(request, image.size)
                     latents_CFHW = self.denoise(request, text_2TE, noise_CFHW, image, tracker)
@@ -101,8 +103,10 @@ class Pipeline:
 
     def encode(self, request: GenerationRequest) -> Tensor:
         """[2, T, E] embeddings of the prompt and of the negative prompt."""
-        negative = request.negative_prompt or self.spec.negative_prompt
-        return torch.stack((self.text_encoder.encode(request.prompt), self.text_encoder.encode(negative)))
+        prompts = (request.prompt, request.negative_prompt or self.spec.negative_prompt)
+        if isinstance(self.text_encoder, TextEncoder):
+            return torch.stack(encode_once(prompts, self.text_encoder, self.mesh))
+        return torch.stack([self.text_encoder.encode(prompt) for prompt in prompts])
 
     def noise(self, request: GenerationRequest, size: tuple[int, int]) -> Tensor:
         """The starting latents [C, F, H, W] fp32, the same for any number of ranks."""
@@ -188,16 +192,17 @@ class Pipeline:
     def decode(self, latents_CFHW: Tensor, sink: FrameSink, tracker: Tracker) -> int:
         """Write the frames to the sink as they come; returns how many there are."""
         latents = latents_CFHW[None].to(next(self.vae.parameters()).dtype)
-        chunks = self.vae.decode_chunks(latents) if self.mesh.rank == 0 else None
-        for chunk in range(latents.shape[2]):
-            tracker.report("decoding", chunk, latents.shape[2])
-            if chunks is not None:
-                sink.write(to_uint8(next(chunks)[0]))
-        tracker.report("decoding", latents.shape[2], latents.shape[2])
-        return (latents.shape[2] - 1) * self.spec.vae.stride[0] + 1
+        chunks, space = latents.shape[2], self.mesh.space(*latents.shape[3:])
+        with FrameWriter(sink, self.mesh.beat) as writer:
+            for chunk, frames in enumerate(self.vae.decode_chunks(latents, space)):
+                tracker.report("decoding", chunk, chunks)
+                levels = space.collect(to_uint8(frames[0]))
+                if levels is not None and self.mesh.rank == 0:
+                    writer.write(levels.permute(1, 2, 3, 0))
+            tracker.report("decoding", chunks, chunks)  # the others need not wait for the sink
+        return (chunks - 1) * self.spec.vae.stride[0] + 1
 
 
-def to_uint8(frames_3THW: Tensor) -> np.ndarray:
-    """[T, H, W, 3] uint8 RGB of frames in [-1, 1] (clamped), rounded to the nearest level."""
-    levels = ((frames_3THW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+def to_uint8(frames_3THW: Tensor) -> Tensor:
+    """uint8 RGB levels of frames in [-1, 1] (clamped), rounded to the nearest."""
+    return ((frames_3THW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

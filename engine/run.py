@@ -76,6 +76,7 @@ def run(
                 memory_limit=gpu_memory,
                 on_bytes=bar.came,
             )
+        mesh.meet()
         request = resolve(
             pipeline.spec,
             prompt,

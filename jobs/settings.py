@@ -66,6 +66,7 @@ class Settings(BaseSettings):
     node_ranks: int = Field(0, ge=0)  # 0: one per visible GPU, or one on a CPU
     poll_seconds: Seconds = 1.0
     drain_seconds: Seconds = 600.0  # grace for the running job after SIGTERM
+    rank_timeout_seconds: Seconds = 30.0  # until the ranks of a node notice that one is dead or hangs
     step_timeout_seconds: Seconds = 600.0  # a rank silent for longer is taken for hung
     data_dir: Path = Path(".reel")
     node_price_per_hour: float = Field(0, ge=0)  # of the whole machine, in your currency; 0: unknown

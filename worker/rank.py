@@ -145,7 +145,8 @@ class Rank:
             init_method=f"file://{rendezvous}",
             rank=self.index,
             world_size=self.plan.ranks,
-            timeout_seconds=self.plan.settings.step_timeout_seconds,
+            timeout_seconds=self.plan.settings.rank_timeout_seconds,
+            device=self._device,
         )
 
 

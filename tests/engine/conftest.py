@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 from engine.config import Task
@@ -57,3 +58,13 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pipeline(tiny: Path) -> Pipeline:
     """The tiny checkpoint, loaded on the CPU."""
     return load_pipeline(tiny, device="cpu")
+
+
+@pytest.fixture
+def world_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dist.ProcessGroup]:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    group = dist.group.WORLD
+    assert group is not None
+    yield group
+    dist.destroy_process_group()

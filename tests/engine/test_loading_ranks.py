@@ -49,7 +49,8 @@ def ranks(
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.engine.loading_ranks", *map(str, paths)],
-            env=environment(rank, folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**environment(), "RANK": str(rank), "WORLD_SIZE": "2", "MEETING": str(folder / "meeting")},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for rank in range(2)
     ]  # fmt: skip

@@ -55,8 +55,9 @@ def test_in_process_and_under_torchrun_alike(
         "-m", "infra.cli", "run", "--model", str(tiny), "a cat", "--out", str(tmp_path / "two.mp4"),
         "--save-latents", str(tmp_path / "two.safetensors"), *FIELDS,
     ]  # fmt: skip
-    env = {key: value for key, value in environment(0, tmp_path).items() if key not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=150, check=False)
+    done = subprocess.run(
+        command, env=environment(), capture_output=True, text=True, timeout=150, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("seed 9") == 1  # rank 0 alone speaks
     assert decode_video(tmp_path / "two.mp4")[0] == info
