@@ -100,3 +100,15 @@ def test_ranks_keep_their_share_and_lose_a_lora_without_a_trace(ranks: Ranks, ru
 
 def test_a_wrong_checksum_is_every_ranks_error(ranks: Ranks) -> None:
     assert [result["verify"] for result in ranks[1]] == [True, True]
+
+
+def test_no_rank_returns_before_all_have_loaded(ranks: Ranks) -> None:
+    """Else the others would wait for rank 0 in a collective call, whose patience is short."""
+    (loaded, _), (_, returned) = (result["meeting"] for result in ranks[1])
+    assert returned >= loaded > 0
+
+
+def test_decoding_a_stripe_takes_the_memory_that_is_planned(ranks: Ranks) -> None:
+    for planned, real in (result["stripes"] for result in ranks[1]):
+        print(f"planned {planned:,}, real {real:,}")
+        assert real <= planned < 1.1 * real
