@@ -60,6 +60,11 @@ class Settings(BaseSettings):
     retention_seconds: int = Field(7 * 86_400, ge=60)  # terminal jobs and their videos
     webhook_progress_seconds: Seconds = 10.0  # at most one job.progress webhook a job per this many seconds
 
+    # Webhooks
+    webhook_timeout_seconds: Seconds = 15.0  # one attempt, from connecting to the answer's head
+    # seconds until the next attempt, by attempts made; after the last of them comes the dead letter
+    webhook_retry_seconds: tuple[Seconds, ...] = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
+
     # Node
     node_id: str | None = None  # None: host name plus a random suffix
     node_ranks: int = Field(0, ge=0)  # 0: one per visible GPU, or one on a CPU
@@ -67,6 +72,8 @@ class Settings(BaseSettings):
     drain_seconds: Seconds = 600.0  # grace for the running job after SIGTERM
     step_timeout_seconds: Seconds = 600.0  # a rank silent for longer is taken for hung
     data_dir: Path = Path(".reel")
+    # import path of the function that builds a rank's pipeline (its signature: worker.build.Builder)
+    engine: str = "worker.build:build"
 
     log_level: str = "INFO"
 

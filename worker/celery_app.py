@@ -59,9 +59,7 @@ class Services:
         """The webhook sender; only here is the secret key needed."""
         assert self.settings.secret_key is not None, "checked at start"
         keys = KeyStore(self.redis, self.settings.secret_key)
-        return WebhookSender(
-            self.outbox, keys.webhook_secrets, allow_loopback=self.settings.allow_loopback_callbacks
-        )
+        return WebhookSender(self.outbox, keys.webhook_secrets, settings=self.settings)
 
     @cached_property
     def store(self) -> JobStore:
