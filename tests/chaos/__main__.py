@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from infra.models import DEMO_MODEL, has_checkpoint
 from tests.chaos.run import LONG_PAUSES, Plan, chaos, say
 
 # Ends as soon as every kind has fired three times, so that a fast machine needs no five minutes.
@@ -50,11 +51,7 @@ def main() -> int:
             real_jobs=real,
             long_outage=60.0 if args.minutes >= 20 else 0.0,
         )
-    model = None
-    if plan.real_jobs:
-        from engine.tiny import make_tiny
-
-        model = make_tiny(folder / "tiny")
+    model = real_model(folder) if plan.real_jobs else None
     report = asyncio.run(chaos(plan, folder.resolve(), model))
     for kind, count in sorted(report.faults.items()):
         print(f"  {count:5d}  {kind}")
@@ -65,6 +62,15 @@ def main() -> int:
         print(f"VIOLATION  {violation}")
     say(f"{len(report.violations)} violations, {sum(report.faults.values())} faults, seed {seed}")
     return 1 if report.violations else 0
+
+
+def real_model(folder: Path) -> Path:
+    """The demo model if it is there, else a tiny random checkpoint."""
+    if has_checkpoint(DEMO_MODEL):
+        return DEMO_MODEL
+    from engine.tiny import make_tiny
+
+    return make_tiny(folder / "tiny")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from tests.chaos.parts import kill_one
 from tests.chaos.receiver import HookFault
 from tests.chaos.redis_wire import Call, RedisWire, Trap
 from tests.chaos.s3_wire import S3Fault
-from tests.chaos.world import LEASE_SECONDS, SWEEP_SECONDS, World
+from tests.chaos.world import LEASE_SECONDS, REAL, SWEEP_SECONDS, World
 from worker.sweeper import sweep
 
 PATIENCE = 4.0  # seconds for a trap to spring; then the fault comes at whatever moment it is
@@ -47,6 +47,7 @@ class Faults:
         self.stopped = False
         self._poisons: set[asyncio.Task[Any]] = set()
         bind = self._bind
+        collective = {"hung collective": self.hung_collective} if world.model else {}
         inside = {name: bind(self.kill_inside, name) for name in TITLES}
         self.lanes: dict[str, dict[str, Inject]] = {
             "nodes": {
@@ -60,6 +61,7 @@ class Faults:
                 "kill rank": inside["kill rank"],
                 "out of memory": bind(self.directive, "out of memory", "oom=1"),
                 "hung rank": bind(self.directive, "hung rank", "hang=1"),
+                **collective,
             },
             "frozen": {"stop past the lease": self.stop_and_resume},
             "roles": {
@@ -249,6 +251,22 @@ class Faults:
         await self._two_up()
         job_id = await self.load.submit(prompt=f"please {words}", priority="high")
         self.history.fault(kind, job=job_id, asked=words)
+
+    async def hung_collective(self) -> None:
+        """One of the real engine's two ranks stops for good in the middle of a job, and the other waits."""
+        job_id = await self.load.submit_real(sampling_steps=60, priority="high")
+
+        def act(call: Call) -> None:
+            ranks = self.world.parts[REAL].find("RankActor")
+            if len(ranks) > 1:
+                self.rng.choice(ranks).suspend()
+                self.history.fault("hung collective", job=call.job, token=call.token)
+
+        def wanted(call: Call) -> bool:
+            beat = call.script == "heartbeat" and call.job == job_id
+            return beat and call.result == "ok" and call.args[2] == "denoising"
+
+        await self._spring([REAL], wanted, "after", act, 40.0)
 
     # What freezes one
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 
+from jobs.nodes import NodeRegistry
 from tests.chaos import engine
 from tests.chaos.history import History
 from tests.chaos.world import World
@@ -23,6 +24,7 @@ class Load:
         """rate: jobs a second at most. real: jobs for the node with the real engine."""
         self._world, self._history, self._rng, self._rate = world, history, rng, rate
         self._real = real
+        self._real_model = ""
         self.sent = 0
         self.accepted: list[str] = []
         self.stopped = False
@@ -41,7 +43,7 @@ class Load:
             passed = time.monotonic() - began
             if real < self._real and passed / seconds > real / self._real * 0.9:
                 real += 1
-                self._spawn(self.submit(model="tiny-t2v", size="64*48", frame_num=5, sampling_steps=4))
+                self._spawn(self.submit_real())
             await asyncio.sleep(1 / self._rate)
         counter.cancel()
         while self._tasks:
@@ -107,6 +109,16 @@ class Load:
             job_id = await self._post(idem, key, body)
         self.accepted.append(job_id)
         return job_id
+
+    async def submit_real(self, **fields: Any) -> str:
+        """A job for the real engine; few different ones, so that their videos can be compared."""
+        if not self._real_model:
+            names = {
+                card.name for card in await asyncio.to_thread(NodeRegistry(self._world.store.redis).models)
+            }
+            (self._real_model,) = names - {engine.NAME}
+        body = {"model": self._real_model, "frame_num": 5, "seed": self._rng.randrange(4), **fields}
+        return await self.submit(**body)
 
     async def _post(self, idem: str, key: str, body: dict[str, Any]) -> str:
         headers = {"Authorization": f"Bearer {key}", "Idempotency-Key": idem}

@@ -1,4 +1,4 @@
-"""A small history without any process but Redis: what the checker is tried on, with planted bugs and without."""
+"""A small history without any process but Redis: what the checker is tried on, with and without bugs."""
 
 import contextlib
 import hashlib

@@ -34,13 +34,13 @@ SHORT_PAUSES = {
     "rest": 1.0,
 }
 LONG_PAUSES = {
-    "nodes": 8.0,
-    "ranks": 20.0,
-    "frozen": 30.0,
-    "roles": 20.0,
-    "s3": 20.0,
-    "webhooks": 20.0,
-    "rest": 20.0,
+    "nodes": 12.0,
+    "ranks": 25.0,
+    "frozen": 40.0,
+    "roles": 25.0,
+    "s3": 25.0,
+    "webhooks": 25.0,
+    "rest": 25.0,
 }
 
 
