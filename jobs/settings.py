@@ -2,7 +2,7 @@
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -70,6 +70,9 @@ class Settings(BaseSettings):
     node_ranks: int = Field(0, ge=0)  # 0: one per visible GPU, or one on a CPU
     poll_seconds: Seconds = 1.0
     drain_seconds: Seconds = 600.0  # grace for the running job after SIGTERM
+    spot_notice: Literal["aws", "gcp", "azure"] | None = None  # whose interruption notices a node watches for
+    spot_notice_endpoint: str | None = None  # the metadata service; None: that cloud's own address
+    spot_grace_seconds: Seconds = 20.0  # as drain_seconds, after such a notice (30 s on GCP and Azure)
     step_timeout_seconds: Seconds = 600.0  # a rank silent for longer is taken for hung
     data_dir: Path = Path(".reel")
     # import path of the function that builds a rank's pipeline (its signature: worker.build.Builder)

@@ -33,7 +33,9 @@ def post(
     allow_loopback: bool,
     timeout: float = TIMEOUT_SECONDS,
 ) -> Answer:
-    """POST `body` within `timeout` seconds; never raises. The answer's body is not read, redirects are not followed, proxies not used.
+    """POST `body` within `timeout` seconds; never raises.
+
+    The answer's body is not read, redirects are not followed, proxies not used.
 
     The address is looked up and checked now, and the connection goes to exactly what was checked.
     """

@@ -225,18 +225,20 @@ class Faults:
             self.world.parts[who].kill_family()
 
     async def drain(self) -> None:
-        """SIGTERM, or `reel drain`, while a job runs that won't be done within the grace."""
+        """SIGTERM, `reel drain` or a spot notice, while a job runs that won't be done within the grace."""
         await self._two_up()
         job_id = await self.load.submit(sampling_steps=90, priority="high")
-        by_signal = self.rng.random() < 0.6
+        by = self.rng.choice(["signal", "command", "notice"])
 
         def act(call: Call) -> None:
             part = self.world.parts[call.who]
-            if by_signal:
+            if by == "signal":
                 part.send(signal.SIGTERM)
-            else:
+            elif by == "command":
                 NodeRegistry(self.world.store.redis).request_drain(call.who)
-            self.history.fault("drain", who=call.who, job=call.job, token=call.token, by_signal=by_signal)
+            else:
+                self.world.receiver.reclaimed.add(call.who)
+            self.history.fault("drain", who=call.who, job=call.job, token=call.token, by=by)
 
         await self._spring(
             self.world.nodes,

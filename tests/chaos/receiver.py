@@ -31,6 +31,7 @@ class Receiver:
         self.secret = ""
         self.faults: list[HookFault] = []
         self.gone: dict[str, asyncio.Event] = {}  # by path: set at its first delivery
+        self.reclaimed: set[str] = set()  # nodes whose cloud takes them back: told once
         self.port = 0
 
     async def start(self) -> None:
@@ -51,6 +52,9 @@ class Receiver:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         line, *fields = head[:-4].split("\r\n")
         path = line.split(" ")[1]
+        if path.startswith("/metadata/"):
+            await self._tell_notice(path.split("/")[2], writer)
+            return
         names = {name.lower(): value.strip() for name, _, value in (one.partition(":") for one in fields)}
         body = await reader.readexactly(int(names["content-length"]))
         status = 410 if path.startswith("/gone/") else 204
@@ -82,6 +86,15 @@ class Receiver:
         retry = "Retry-After: 1\r\n" if status == 429 else ""
         rest = f"{retry}Content-Length: 0\r\nConnection: close\r\n\r\n"
         writer.write(f"HTTP/1.1 {status} {REASONS[status]}\r\n{rest}".encode())
+        await writer.drain()
+
+    async def _tell_notice(self, who: str, writer: asyncio.StreamWriter) -> None:
+        """As GCP's metadata service answers a node that asks for its preemption."""
+        word = "TRUE" if who in self.reclaimed else "FALSE"
+        self.reclaimed.discard(who)
+        writer.write(
+            f"HTTP/1.1 200 OK\r\nContent-Length: {len(word)}\r\nConnection: close\r\n\r\n{word}".encode()
+        )
         await writer.drain()
 
     def _verified(self, body: bytes, names: dict[str, str]) -> bool:
