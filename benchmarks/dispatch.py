@@ -23,11 +23,15 @@ from jobs.store import JobStore
 from tests.support.jobs import new_job, result
 from tests.support.redis import redis_server
 
+READY = "bench:ready"  # counts the nodes that are up
+
 
 def node(url: str, name: str, wake: bool) -> None:
     """Claim and finish for ever, as worker.claims does without the ranks."""
     settings = Settings(redis_url=url)
     store = JobStore(connect(settings), settings)
+    store.claim("tiny", name)  # loads the script
+    store.redis.execute_command("INCR", READY)
     while True:
         job = store.claim("tiny", name)
         if job is not None:
@@ -50,7 +54,8 @@ def latencies(url: str, jobs: int, nodes: int, wake: bool) -> list[float]:
     ]
     for worker in workers:
         worker.start()
-    time.sleep(4.0)  # their imports
+    while int(store.redis.execute_command("GET", READY) or 0) < nodes:
+        time.sleep(0.05)
     ids = []
     for _ in range(jobs):
         new = new_job()
