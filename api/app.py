@@ -12,11 +12,11 @@ from api.errors import add_error_handlers
 from api.limits import SizeLimits
 from api.metrics import Metrics
 from api.openapi import install_openapi
-from api.routes import events, health, jobs, media, nodes, page, uploads, videos, webhooks
+from api.routes import endpoints, events, health, jobs, media, nodes, page, uploads, videos, webhooks
 from api.services import open_services
 from jobs.settings import Settings, get_settings
 
-ROUTERS = (jobs, events, media, webhooks, uploads, videos, nodes, health, page)
+ROUTERS = (jobs, events, media, webhooks, endpoints, uploads, videos, nodes, health, page)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:

@@ -65,15 +65,22 @@ def rewrite(data: bytes, max_pixels: int) -> tuple[int, int, bytes]:
     return plain.width, plain.height, out.getvalue()
 
 
+def write_image(data: bytes, max_pixels: int) -> None:
+    """Write the header line and the PNG of an image to stdout. Raises RefusedError."""
+    if not data:
+        raise RefusedError("it is empty")
+    width, height, png = rewrite(data, max_pixels)
+    sys.stdout.buffer.write(json.dumps({"width": width, "height": height}).encode() + b"\n" + png)
+
+
 def main() -> int:
     """Read stdin, write stdout."""
     limit()
     try:
-        width, height, png = rewrite(sys.stdin.buffer.read(), int(sys.argv[1]))
+        write_image(sys.stdin.buffer.read(), int(sys.argv[1]))
     except RefusedError as error:
         print(error, file=sys.stderr)
         return 2
-    sys.stdout.buffer.write(json.dumps({"width": width, "height": height}).encode() + b"\n" + png)
     return 0
 
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
 from jobs.job import DEFAULT_WEBHOOK_EVENTS, Priority, WebhookEvent
 from jobs.requests import NUMBER_MAX, PROMPT_MAX, SEED_MAX, VideoRequestIn
@@ -77,12 +77,55 @@ EXPECTED: Mapping[str, str] = {
     "guide_scale": f"a number from 0 to {NUMBER_MAX:g}, or a pair [low-noise, high-noise] of them",
     "seed": "a whole number from 0 to 2^63-1",
     "sample_solver": 'a text, "unipc" or "dpm++"',
-    "image": "an upload's id (img_...) from POST /v1/uploads",
+    "image": "an upload's id (img_...) from POST /v1/uploads, or an https URL",
     "priority": "one of high, normal, low",
     "deadline_seconds": f"a number above 0, at most {DEADLINE_MAX}",
     "callback_url": f"an https URL of at most {CALLBACK_MAX} characters",
     "webhook_events": "a list of " + ", ".join(event.value for event in WebhookEvent),
     "metadata": f"at most {METADATA_MAX} texts by name: names of 1 to 64 characters, texts of at most 500",
+}
+
+
+class EndpointIn(BaseModel):
+    """A webhook endpoint to add."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: Annotated[
+        str,
+        Field(
+            max_length=CALLBACK_MAX,
+            description="https, to a public address.",
+            examples=["https://example.com/hooks/reel"],
+        ),
+    ]
+    events: Annotated[
+        tuple[WebhookEvent, ...],
+        Field(min_length=1, max_length=len(WebhookEvent), description="What it wants to hear of."),
+    ] = DEFAULT_WEBHOOK_EVENTS
+    description: Annotated[str, Field(max_length=200, examples=["orders"])] = ""
+
+
+class EndpointChange(BaseModel):
+    """What to change of an endpoint; what is left out stays."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: Annotated[str | None, Field(max_length=CALLBACK_MAX, description="https, to a public address.")] = (
+        None
+    )
+    events: Annotated[tuple[WebhookEvent, ...] | None, Field(min_length=1, max_length=len(WebhookEvent))] = (
+        None
+    )
+    description: Annotated[str | None, Field(max_length=200)] = None
+    enabled: Annotated[StrictBool | None, Field(description="`false` silences it.")] = None
+
+
+ENDPOINT_EXPECTED: Mapping[str, str] = {
+    "url": f"an https URL of at most {CALLBACK_MAX} characters",
+    "events": EXPECTED["webhook_events"],
+    "description": "a text of at most 200 characters",
+    "enabled": "true or false",
 }
 
 
@@ -105,7 +148,7 @@ def job_schema() -> dict[str, Any]:
         "sampling_steps": {"minimum": 1, "examples": [40]},
         "seed": {"minimum": 0, "maximum": SEED_MAX, "examples": [42]},
         "sample_solver": {"enum": ["unipc", "dpm++"]},
-        "image": {"examples": ["img_0m7f3c2k9x1v5n8p4q6r7s2t1"]},
+        "image": {"examples": ["img_0m7f3c2k9x1v5n8p4q6r7s2t1", "https://example.com/first.jpg"]},
     }
     for name, extra in limits.items():
         field = schema["properties"][name]

@@ -5,8 +5,10 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from api.inputs import job_schema
+from api.inputs import EndpointChange, EndpointIn, job_schema
 from api.problem import OpenAIError, ProblemOut
+from api.webhook_schemas import WebhookBody
+from jobs.job import WebhookEvent
 
 DESCRIPTION = """
 Videos from text and images with Wan 2.2.
@@ -58,11 +60,15 @@ def _build(app: FastAPI) -> dict[str, Any]:
     schemas = document["components"]["schemas"]
     for name, schema in (
         ("JobIn", job_schema()),
+        ("EndpointIn", EndpointIn.model_json_schema(ref_template="#/components/schemas/{model}")),
+        ("EndpointChange", EndpointChange.model_json_schema(ref_template="#/components/schemas/{model}")),
         ("ProblemOut", ProblemOut.model_json_schema(ref_template="#/components/schemas/{model}")),
+        ("WebhookBody", WebhookBody.model_json_schema(ref_template="#/components/schemas/{model}")),
         ("OpenAIError", OpenAIError.model_json_schema(ref_template="#/components/schemas/{model}")),
     ):
         schemas.update(schema.pop("$defs", {}))
         schemas[name] = schema
+    document["webhooks"] = _webhooks()
     for path in document["paths"].values():
         for operation in path.values():
             # FastAPI's own shape of a 422, which this API never sends
@@ -77,3 +83,30 @@ def _build(app: FastAPI) -> dict[str, Any]:
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     return document
+
+
+def _webhooks() -> dict[str, Any]:
+    """What we post to clients, so that generated code knows the payload."""
+    headers = [
+        {"name": name, "in": "header", "required": True, "schema": {"type": "string"}, "description": words}
+        for name, words in (
+            ("webhook-id", "The same in every attempt: handle a delivery once."),
+            ("webhook-timestamp", "Unix seconds of this attempt; refuse one older than five minutes."),
+            ("webhook-signature", "Standard Webhooks: `v1,` and base64; two of them during a rotation."),
+        )
+    ]
+    schema = {"schema": {"$ref": "#/components/schemas/WebhookBody"}}
+    return {
+        event.value: {
+            "post": {
+                "summary": f"A job's {event.value.removeprefix('job.')} event",
+                "parameters": headers,
+                "requestBody": {"required": True, "content": {"application/json": schema}},
+                "responses": {
+                    "2XX": {"description": "Taken. Anything else is tried again."},
+                    "410": {"description": "Never again."},
+                },
+            }
+        }
+        for event in WebhookEvent
+    }

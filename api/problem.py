@@ -89,6 +89,10 @@ QUEUE_FULL = ProblemType(
     "queue-full", 429, "Too many jobs are waiting",
     "Wait for some of the outstanding jobs to end, or cancel them.", "rate_limit_error",
 )  # fmt: skip
+TOO_MANY = ProblemType(
+    "too-many", 409, "There are as many of these as a key may have",
+    "Delete one that is no longer needed.",
+)  # fmt: skip
 NO_MODEL = ProblemType(
     "no-model", 503, "No node serves a model yet",
     "Start a node, or try again after `Retry-After` seconds.", "server_error",

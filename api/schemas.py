@@ -73,13 +73,17 @@ class JobOut(BaseModel):
     phase: Phase | None = Field(description="What a running job is doing.", examples=["denoising"])
     step: int = Field(description="Denoising step reached, of `request.sampling_steps`.", examples=[14])
     eta_seconds: float | None = Field(
-        description="Estimated seconds to the end of the run, while running; learned from the job's own "
-        "steps. `null` when nothing honest can be said.",
+        description="Estimated seconds to the end of the run, while running: from the job's own steps, and "
+        "before its first one from earlier videos of its shape. `null` when nothing honest can be said.",
         examples=[32.5],
     )
     queue_position: int | None = Field(
         description="Jobs ahead of this one, 0 = next; approximate across keys. `null` unless queued.",
         examples=[None],
+    )
+    estimated_start_at: Timestamp | None = Field(
+        description="When it will probably start, while queued: from what runs, what waits before it and how "
+        "long videos took. `null` when nothing honest can be said."
     )
     attempts: int = Field(description="Failed tries so far (a node that drains costs none).", examples=[0])
     cancel_requested: bool = Field(description="A cancel is on its way to the node.", examples=[False])
@@ -113,30 +117,6 @@ class SignedUrl(BaseModel):
 
     url: str = Field(examples=["https://s3.example/reelserve/jobs/...?X-Amz-Signature=..."])
     expires_at: Timestamp
-
-
-class DeliveryOut(BaseModel):
-    """A webhook delivery: one event to one URL, over all its attempts."""
-
-    id: str = Field(description="Also the `webhook-id` header, the same in every attempt.")
-    event: str = Field(examples=["job.succeeded"])
-    state: Literal["pending", "delivered", "dead"] = Field(
-        description="`dead`: given up; redeliver it once the receiver works."
-    )
-    url: str = Field(examples=["https://example.com/hooks/reel"])
-    attempts: int = Field(description="Attempts since it was created or redelivered.", examples=[1])
-    status: int | None = Field(description="The receiver's last HTTP status.", examples=[200])
-    error: str | None = Field(description="Why the last attempt failed.", examples=["timed out after 15 s"])
-    created_at: Timestamp
-    next_attempt_at: Timestamp | None = Field(description="`null` when ended, or behind an earlier delivery.")
-    ended_at: Timestamp | None
-    data: dict[str, Any] = Field(description="The payload's `data`: the job when the event happened.")
-
-
-class DeliveryPage(BaseModel):
-    """A job's deliveries, oldest first."""
-
-    data: list[DeliveryOut]
 
 
 class UploadOut(BaseModel):
@@ -191,6 +171,15 @@ class NodeOut(BaseModel):
     job_id: str | None = Field(description="The job on its GPUs.", examples=[JOB_ID])
     publishing_job_id: str | None = Field(description="The job that it encodes and uploads.")
     draining: bool = Field(description="It takes nothing new.")
+    progress: float | None = Field(description="Of the job on its GPUs, 0 to 1.", examples=[0.35])
+    memory_used: int | None = Field(
+        description="Bytes over its GPUs (on a CPU node: resident bytes of its ranks).",
+        examples=[75_161_927_680],
+    )
+    memory_total: int | None = Field(examples=[687_194_767_360])
+    step_seconds: float | None = Field(
+        description="One denoising step of the last video it finished.", examples=[1.24]
+    )
     started_at: Timestamp
     seen_at: Timestamp
     labels: dict[str, str] = Field(description="Cloud, region and the like.", examples=[{"cloud": "aws"}])

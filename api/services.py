@@ -9,6 +9,8 @@ from api.metrics import Metrics
 from api.rate import RateLimiter
 from api.watch import Watcher
 from jobs.client import AsyncRedisClient, RedisClient, connect, connect_async
+from jobs.endpoints import EndpointStore
+from jobs.forecast import Forecast
 from jobs.keys import KeyStore
 from jobs.nodes import NodeRegistry
 from jobs.outbox import Outbox
@@ -27,7 +29,9 @@ class Services:
     aredis: AsyncRedisClient
     jobs: JobStore
     keys: KeyStore
+    endpoints: EndpointStore
     nodes: NodeRegistry
+    forecast: Forecast
     outbox: Outbox
     storage: ObjectStore
     uploads: UploadIndex
@@ -47,13 +51,16 @@ def secret_text(settings: Settings) -> str:
 def open_services(settings: Settings, metrics: Metrics) -> Services:
     """Build all clients. Connects to nothing yet: a Redis that is away shows in /readyz and as 503."""
     client, aclient = connect(settings), connect_async(settings)
+    jobs, nodes = JobStore(client, settings), NodeRegistry(client)
     return Services(
         settings=settings,
         redis=client,
         aredis=aclient,
-        jobs=JobStore(client, settings),
+        jobs=jobs,
         keys=KeyStore(client, secret_text(settings)),
-        nodes=NodeRegistry(client),
+        endpoints=EndpointStore(client, settings, secret_text(settings)),
+        nodes=nodes,
+        forecast=Forecast(jobs, nodes),
         outbox=Outbox(client, settings),
         storage=ObjectStore(settings),
         uploads=UploadIndex(client, settings),

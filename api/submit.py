@@ -3,29 +3,47 @@
 from collections.abc import Mapping
 from typing import Any
 
+from fastapi.concurrency import run_in_threadpool
 from pydantic import ValidationError
 
 from api.auth import has_scope
 from api.bodies import field_problems
 from api.errors import RETRY_SECONDS, invalid
-from api.images import image_key
+from api.images import image_key, is_url, store_from_url
 from api.inputs import EXPECTED, VIDEO_FIELDS, JobIn, body_hash
 from api.problem import FORBIDDEN, NO_MODEL, ProblemError, shorten
 from api.services import Services
-from jobs.addresses import CallbackRefused, check_callback_url
+from jobs.addresses import Address, CallbackRefused, check_callback_url
 from jobs.errors import FieldProblem, InvalidRequest
 from jobs.job import Job, ModelCard, NewJob, Priority, VideoRequest, new_id
 from jobs.keys import ApiKey, Scope
 from jobs.requests import parse_and_resolve
 
 
-def accept(
+async def submit_job(
     svc: Services, key: ApiKey, data: Mapping[str, Any], idempotency_key: str | None
 ) -> tuple[Job, bool]:
-    """Check everything, then queue: (job, created); created is False when the Idempotency-Key repeats.
+    """Check everything, fetch the image if it is a URL, then queue: (job, created).
 
-    Raises ProblemError with every wrong field at once, QueueFull, IdempotencyConflict, StoreUnavailable.
+    created is False when the Idempotency-Key repeats. Raises ProblemError with every wrong field at once,
+    QueueFull, IdempotencyConflict, StoreUnavailable.
     """
+    digest = body_hash(data)
+    if is_url(data.get("image")):
+        if idempotency_key:  # a repeat gets its job, also when the image is no longer where it was
+            earlier = await run_in_threadpool(svc.jobs.submitted, key.id, idempotency_key, digest)
+            if earlier is not None:
+                return earlier, False
+        await run_in_threadpool(check, svc, key, data)  # all that can be known before the fetch
+        fetched = await store_from_url(svc, key, data["image"])
+        data = {**data, "image": fetched.id}
+    return await run_in_threadpool(accept, svc, key, data, idempotency_key, digest)
+
+
+def accept(
+    svc: Services, key: ApiKey, data: Mapping[str, Any], idempotency_key: str | None, digest: str
+) -> tuple[Job, bool]:
+    """Check and queue a body whose image, if any, is stored. digest: the body's hash, as it was sent."""
     body, request = check(svc, key, data)
     new = NewJob(
         id=new_id("job"),
@@ -37,7 +55,7 @@ def accept(
         webhook_events=tuple(dict.fromkeys(body.webhook_events)),
         metadata=body.metadata,
         idempotency_key=idempotency_key,
-        body_hash=body_hash(data),
+        body_hash=digest,
         max_outstanding=key.max_outstanding,
     )
     job, created = svc.jobs.submit(new)
@@ -66,7 +84,7 @@ def check(svc: Services, key: ApiKey, data: Mapping[str, Any]) -> tuple[JobIn, V
     if body is not None:
         _check_callback(svc, body.callback_url, wrong)
         if request is not None and body.image is not None and not wrong:
-            request = request.model_copy(update={"image": image_key(svc, key, body.image, wrong)})
+            request = request.model_copy(update={"image": _image(svc, key, body.image, wrong)})
         if body.priority is Priority.HIGH and not has_scope(key, Scope.PRIORITY_HIGH):
             needed = FieldProblem("priority", "high", "normal or low, or a key with the scope priority_high")
             raise ProblemError(FORBIDDEN, "This key lacks the scope 'priority_high'.", [needed])
@@ -94,11 +112,30 @@ def choose_model(svc: Services, name: Any, wrong: dict[str, FieldProblem]) -> Mo
     return None
 
 
+def _image(svc: Services, key: ApiKey, name: str, wrong: dict[str, FieldProblem]) -> str | None:
+    """The image's storage key; None for a URL that may be fetched, or after noting a problem in `wrong`."""
+    if is_url(name):
+        check_address(svc, "image", name, wrong)
+        return None
+    return image_key(svc, key, name, wrong)
+
+
 def _check_callback(svc: Services, url: str | None, wrong: dict[str, FieldProblem]) -> None:
-    """Refuse a callback that would never be posted to. The sender checks again at every attempt."""
-    if url is None:
-        return
+    """Refuse a callback that would never be posted to."""
+    if url is not None:
+        check_address(svc, "callback_url", url, wrong)
+
+
+def check_address(svc: Services, field: str, url: str, wrong: dict[str, FieldProblem]) -> list[Address]:
+    """The addresses that a client's URL may lead to now; none after noting a problem in `wrong`.
+
+    Whoever connects checks again, at every attempt.
+    """
+    settings = svc.settings
     try:
-        check_callback_url(url, allow_loopback=svc.settings.allow_loopback_callbacks)
+        return check_callback_url(
+            url, allow_loopback=settings.allow_loopback_callbacks, allowed_hosts=settings.local_hosts
+        )
     except CallbackRefused as error:
-        wrong["callback_url"] = FieldProblem("callback_url", shorten(url), str(error))
+        wrong[field] = FieldProblem(field, shorten(url), str(error))
+        return []

@@ -34,7 +34,7 @@ def links(base: str, job_id: str) -> Links:
     )
 
 
-def job_view(job: Job, base: str, position: int | None) -> JobOut:
+def job_view(svc: Services, job: Job, base: str, position: int | None) -> JobOut:
     """A job as clients see it; what only nodes need (owner, token, lease, storage keys) stays inside."""
     request = job.request.model_dump()
     request["image"] = image_name(job.request.image)
@@ -44,8 +44,9 @@ def job_view(job: Job, base: str, position: int | None) -> JobOut:
         progress=1.0 if job.state is JobState.SUCCEEDED else round(job.progress, 4),
         phase=job.phase if job.state is JobState.RUNNING else None,
         step=job.step,
-        eta_seconds=job.eta_seconds if job.state is JobState.RUNNING else None,
+        eta_seconds=svc.forecast.eta(job) if job.state is JobState.RUNNING else None,
         queue_position=position,
+        estimated_start_at=when(svc.forecast.start_at(job, position)),
         attempts=job.attempts,
         cancel_requested=job.cancel_requested,
         model=job.request.model,
@@ -72,7 +73,7 @@ def image_name(storage_key: str | None) -> str | None:
 def show(request: Request, svc: Services, job: Job) -> JobOut:
     """The job's view, with its place in the queue."""
     position = svc.jobs.position(job.id) if job.state is JobState.QUEUED else None
-    return job_view(job, base_url(request, svc), position)
+    return job_view(svc, job, base_url(request, svc), position)
 
 
 def json_response(body: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> Response:

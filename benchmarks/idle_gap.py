@@ -73,7 +73,8 @@ def main() -> None:
     p50, worst = statistics.median(gaps), gaps[-1]
     print(
         f"{len(gaps)} gaps, {args.ranks} ranks, {card.name}: idle between two jobs "
-        f"p50 {p50 * 1000:.1f} ms, p90 {gaps[int(len(gaps) * 0.9)] * 1000:.1f} ms, max {worst * 1000:.1f} ms; "
+        f"p50 {p50 * 1000:.1f} ms, p90 {gaps[int(len(gaps) * 0.9)] * 1000:.1f} ms, "
+        f"max {worst * 1000:.1f} ms; "
         f"{100 * p50 / JOB_SECONDS:.3f} % of a {JOB_SECONDS:.0f} s job"
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from engine.config import DiTConfig, Task
-from engine.text_encoder import official_name
+from engine.umt5 import official_name
 
 SHARD_STEM = "diffusion_pytorch_model"
 TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.pth"

@@ -14,7 +14,7 @@ from typing import Any
 
 from engine.diffusers_names import dit_name, vae21_name, vae22_name
 from engine.errors import CheckpointError
-from engine.text_encoder import transformers_name
+from engine.umt5 import transformers_name
 from engine.weights import Entry, safetensors_files, scan
 
 

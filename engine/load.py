@@ -17,7 +17,8 @@ from engine.layout import Layout, Part, find_layout
 from engine.parallel.mesh import Mesh
 from engine.pipeline import Pipeline
 from engine.specs import Facts, find_facts, make_spec
-from engine.text_encoder import TextEncoder, config_from_shapes, load_tokenizer, official_name
+from engine.text_encoder import TextEncoder, load_tokenizer
+from engine.umt5 import config_from_shapes, official_name
 from engine.vae import VAE
 from engine.weights import Shape, load_into
 

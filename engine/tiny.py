@@ -12,7 +12,8 @@ from engine.checkpoint_writer import build_tokenizer, write_checkpoint
 from engine.config import DiTConfig, VAEConfig
 from engine.dit import DiT
 from engine.specs import LATENT_MEAN_21, LATENT_STD_21
-from engine.text_encoder import TextEncoder, umt5_config
+from engine.text_encoder import TextEncoder
+from engine.umt5 import umt5_config
 from engine.vae import VAE
 
 CORPUS = (

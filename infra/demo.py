@@ -53,7 +53,7 @@ def run_demo(data: Path | None, out: Path | None, model: Path | None, prompt: st
         say(f"stopped ({signal})")
         return 130
     say(f"{checked.summary}; {time.monotonic() - started:.1f} s in all")
-    print(f"path {checked.path}\nurl {checked.url}", flush=True)
+    print(f"{checked.path}\n{checked.url}", flush=True)
     return 0
 
 

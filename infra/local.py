@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 DEFAULT_PORT = 8080
 CPU_RANKS = 2
+# What a shell that has read stack.env holds; a part is given the ones that it needs, and no others.
+SECRETS = frozenset({"REEL_SECRET_KEY", "REEL_API_KEY", "REEL_WEBHOOK_SECRET"})
 Say = Callable[[str], None]
 
 
@@ -105,10 +107,10 @@ class LocalStack:
         supervisor, state, settings = self.supervisor, self.state, self.settings()
         env, folder = self._env({}), self.data_dir / "redis"
         redis = supervisor.add(
-            redis_part(folder, self._redis_port, state.redis_password, self.log("redis"), env)
+            redis_part(folder, self._redis_port, state.redis_passwords, self.log("redis"), env)
         )
-        folder, keys = self.data_dir / "weed", (state.s3_access_key, state.s3_secret_key)
-        weed = supervisor.add(weed_part(folder, self._weed_ports, keys, self.log("weed"), env))
+        folder = self.data_dir / "weed"
+        weed = supervisor.add(weed_part(folder, self._weed_ports, state.s3_secrets, self.log("weed"), env))
         supervisor.wait_for(lambda: probes.redis_answers(settings), 30, "redis", redis)
         self._ensure_key()
         store = ObjectStore(settings)
@@ -122,22 +124,24 @@ class LocalStack:
             share = cards[(number - 1) * len(cards) // nodes : number * len(cards) // nodes]
             self._add_reel(
                 f"node-{number}",
+                "node",
                 ["node", "--model", str(model)],
                 self._node_env(number, share),
                 stop_seconds=15.0,
                 stop_signal=signal.SIGINT,  # gives a running job back at once; SIGTERM would finish it first
             )
         secret = {"REEL_SECRET_KEY": self.state.secret_key}
-        self._add_reel("api", ["api"], secret, 5.0)
-        self._add_reel("celery-worker", ["celery", "worker"], secret, 5.0, stop_order=1)
-        self._add_reel("celery-beat", ["celery", "beat"], secret, 3.0)
+        self._add_reel("api", "api", ["api"], secret, 5.0)
+        self._add_reel("celery-worker", "celery", ["celery", "worker"], secret, 5.0, stop_order=1)
+        self._add_reel("celery-beat", "celery", ["celery", "beat"], {}, 3.0)
         if self.config.receiver:
             listen, known = ["listen", "--port", str(self._receiver_port)], self.webhook_secret
-            self._add_reel("receiver", listen, {"REEL_WEBHOOK_SECRET": known}, 2.0, stop_order=2)
+            self._add_reel("receiver", "node", listen, {"REEL_WEBHOOK_SECRET": known}, 2.0, stop_order=2)
 
     def _add_reel(
         self,
         name: str,
+        role: str,
         args: list[str],
         extra: dict[str, str],
         stop_seconds: float,
@@ -145,7 +149,7 @@ class LocalStack:
         stop_signal: signal.Signals = signal.SIGTERM,
     ) -> None:
         argv = (sys.executable, "-m", "infra.cli", *args)
-        env = self._env(self._settings_env() | extra)
+        env = self._env(self._settings_env(role) | extra)
         log, cwd = self.log(name), self.data_dir
         self.supervisor.add(PartSpec(name, argv, env, log, cwd, stop_order, stop_seconds, stop_signal))
 
@@ -155,20 +159,22 @@ class LocalStack:
         return default_model(self.data_dir, self.log("make-tiny"), self._env({}), self.supervisor)
 
     def _env(self, extra: dict[str, str]) -> dict[str, str]:
-        """The environment of a part: ours, no proxy for loopback, and `extra`."""
+        """The environment of a part: ours less an operator's secrets, no proxy for loopback, and `extra`."""
+        ours = {name: value for name, value in os.environ.items() if name not in SECRETS}
         direct = ",".join(filter(None, [os.environ.get("NO_PROXY", ""), HOST, "localhost"]))
         plain = {"PYTHONUNBUFFERED": "1", "NO_PROXY": direct, "no_proxy": direct}
-        return {**os.environ, **plain, **extra}
+        return {**ours, **plain, **extra}
 
-    def _settings_env(self) -> dict[str, str]:
+    def _settings_env(self, role: str) -> dict[str, str]:
+        """What a role is told: its own users of Redis and S3, nobody else's."""
         state, s3 = self.state, f"http://{HOST}:{self._weed_ports[0]}"
         return {
-            "REEL_REDIS_URL": f"redis://:{state.redis_password}@{HOST}:{self._redis_port}/0",
+            "REEL_REDIS_URL": f"redis://{role}:{state.redis_passwords[role]}@{HOST}:{self._redis_port}/0",
             "REEL_S3_ENDPOINT": s3,
             "REEL_S3_PUBLIC_ENDPOINT": s3,
             "REEL_S3_BUCKET": "reelserve",
-            "REEL_S3_ACCESS_KEY": state.s3_access_key,
-            "REEL_S3_SECRET_KEY": state.s3_secret_key,
+            "REEL_S3_ACCESS_KEY": role,
+            "REEL_S3_SECRET_KEY": state.s3_secrets[role],
             "REEL_API_HOST": HOST,
             "REEL_API_PORT": str(self._api_port),
             "REEL_PUBLIC_URL": self.url,
@@ -194,13 +200,13 @@ class LocalStack:
             "REEL_WEBHOOK_SECRET": self.webhook_secret,
             "REEL_SECRET_KEY": self.state.secret_key,
         }
-        return self._settings_env() | own
+        return self._settings_env("ops") | own
 
     def settings(self) -> "Settings":
-        """The settings that the stack's API runs with, for code in this process."""
+        """An operator's settings, for code in this process."""
         from jobs.settings import Settings
 
-        values = {**self._settings_env(), "REEL_SECRET_KEY": self.state.secret_key}
+        values = {**self._settings_env("ops"), "REEL_SECRET_KEY": self.state.secret_key}
         return Settings.model_validate({name.removeprefix("REEL_").lower(): v for name, v in values.items()})
 
     def _ensure_key(self) -> None:

@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+from infra.docker.make_secrets import acl
 from infra.errors import CliError
 from infra.ports import HOST
 from infra.process import PartSpec
@@ -15,7 +16,7 @@ FLOOR = (6, 2)
 CONFIG = """\
 bind {host}
 port {port}
-requirepass {password}
+aclfile "{folder}/users.acl"
 dir "{folder}"
 daemonize no
 appendonly yes
@@ -44,11 +45,14 @@ def find_redis_server() -> str:
     return str(bundled)
 
 
-def redis_part(folder: Path, port: int, password: str, log: Path, env: Mapping[str, str]) -> PartSpec:
-    """Write its configuration (the password stays out of the process list) and say how to run it."""
+def redis_part(
+    folder: Path, port: int, passwords: Mapping[str, str], log: Path, env: Mapping[str, str]
+) -> PartSpec:
+    """Write its configuration, with one user a role, and say how to run it."""
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "redis.conf"
-    write_private(config, CONFIG.format(host=HOST, port=port, password=password, folder=folder))
+    write_private(config, CONFIG.format(host=HOST, port=port, folder=folder))
+    write_private(folder / "users.acl", acl(dict(passwords)))
     return PartSpec(
         name="redis",
         argv=(find_redis_server(), str(config)),

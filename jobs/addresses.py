@@ -1,7 +1,8 @@
-"""Which addresses a webhook may be sent to: only public ones, so that a callback can't reach our own network.
+"""Which addresses a client's URL may lead to: only public ones, so that none can reach our own network.
 
-The API asks at submission and the webhook sender asks again at every attempt, then connects to exactly the
-address that was checked: a name that changes its answer in between (DNS rebinding) gains nothing.
+For callbacks and for image URLs. The API asks at submission and the webhook sender asks again at every
+attempt, then connects to exactly the address that was checked: a name that changes its answer in between (DNS
+rebinding) gains nothing.
 Special-purpose ranges: the IANA IPv4 and IPv6 Special-Purpose Address Registries (RFC 6890), which
 `ipaddress.is_global` follows; the ranges below are those that it leaves open or that carry another address.
 """
@@ -39,22 +40,31 @@ HOST_NAME = re.compile(
 
 
 class CallbackRefused(ValueError):
-    """The callback URL is not one that we would ever post to; the message says what to send instead."""
+    """The URL is not one that we would ever connect to; the message says what to send instead."""
 
 
 class CallbackUnresolved(CallbackRefused):
     """The host name has no address at the moment; a later attempt may find one."""
 
 
-def check_callback_url(url: str, *, allow_loopback: bool, resolve: Resolver | None = None) -> list[Address]:
-    """Return the addresses that `url` may be posted to, in the resolver's order.
+def check_callback_url(
+    url: str,
+    *,
+    allow_loopback: bool,
+    allowed_hosts: frozenset[str] = frozenset(),
+    resolve: Resolver | None = None,
+) -> list[Address]:
+    """Return the addresses that `url` may lead to, in the resolver's order.
 
     https on port 443 or 8443 to public addresses only; with `allow_loopback` also http and https on any port
-    to the loopback interface (the local stack's own receivers). Every address of the name has to be allowed.
+    to the loopback interface (the local stack's own receivers), and the same for any address of a host that
+    the operator named in `allowed_hosts`. Every address of the name has to be allowed.
     Raises CallbackRefused, or CallbackUnresolved when the name has no address.
     """
     parts = _split(url)
     host, port = _host(parts), _port(parts)
+    if host in allowed_hosts:
+        return _lookup(host, port, resolve or _getaddrinfo)
     if not allow_loopback:
         _check_scheme_and_port(parts.scheme, port)  # before asking DNS for a name that can't be posted to
     addresses = [literal] if (literal := _literal(host)) else _lookup(host, port, resolve or _getaddrinfo)
@@ -63,15 +73,15 @@ def check_callback_url(url: str, *, allow_loopback: bool, resolve: Resolver | No
     _check_scheme_and_port(parts.scheme, port)
     for address in addresses:
         if why := refusal(address):
-            raise CallbackRefused(f"callback host {host!r} is refused: {why}; use a public https endpoint")
+            raise CallbackRefused(f"host {host!r} is refused: {why}; use a public https address")
     return addresses
 
 
 def _check_scheme_and_port(scheme: str, port: int) -> None:
     if scheme != "https":
-        raise CallbackRefused(f"callback scheme {scheme}:// is refused; send an https:// URL")
+        raise CallbackRefused(f"scheme {scheme}:// is refused; send an https:// URL")
     if port not in PORTS:
-        raise CallbackRefused(f"callback port {port} is refused; use 443 or 8443")
+        raise CallbackRefused(f"port {port} is refused; use 443 or 8443")
 
 
 def refusal(address: Address) -> str | None:
@@ -112,30 +122,28 @@ def _is_loopback(address: Address) -> bool:
 
 def _split(url: str) -> SplitResult:
     if len(url) > MAX_URL_CHARACTERS:
-        raise CallbackRefused(f"callback URL has {len(url)} characters; at most {MAX_URL_CHARACTERS}")
+        raise CallbackRefused(f"the URL has {len(url)} characters; at most {MAX_URL_CHARACTERS}")
     # urlsplit drops tabs and newlines and reads a backslash unlike other parsers: two readings of one URL
     # are how such checks are passed by, so anything outside printable ASCII is refused.
     if not url.isascii() or "\\" in url or any(c <= " " or c == "\x7f" for c in url):
-        raise CallbackRefused(
-            "callback URL has blanks, backslashes or non-ASCII characters; percent-encode them"
-        )
+        raise CallbackRefused("the URL has blanks, backslashes or non-ASCII characters; percent-encode them")
     try:
         parts = urlsplit(url)
     except ValueError as error:
-        raise CallbackRefused(f"callback URL can't be read ({error}); send https://host/path") from None
+        raise CallbackRefused(f"the URL can't be read ({error}); send https://host/path") from None
     if parts.scheme not in ("http", "https"):
-        raise CallbackRefused(f"callback scheme {parts.scheme or 'none'!r} is refused; send an https:// URL")
+        raise CallbackRefused(f"scheme {parts.scheme or 'none'!r} is refused; send an https:// URL")
     if "@" in parts.netloc:
-        raise CallbackRefused("callback URL carries credentials; leave out user:password@")
+        raise CallbackRefused("the URL carries credentials; leave out user:password@")
     return parts
 
 
 def _host(parts: SplitResult) -> str:
     host = (parts.hostname or "").removesuffix(".")
     if not host:
-        raise CallbackRefused("callback URL has no host; send https://host/path")
+        raise CallbackRefused("the URL has no host; send https://host/path")
     if "%" in host:
-        raise CallbackRefused(f"callback host {host!r} has a zone or an escape; send a plain name or address")
+        raise CallbackRefused(f"host {host!r} has a zone or an escape; send a plain name or address")
     return host
 
 
@@ -143,7 +151,7 @@ def _port(parts: SplitResult) -> int:
     try:
         port = parts.port
     except ValueError:
-        raise CallbackRefused("callback port is not a number from 1 to 65535; use 443 or 8443") from None
+        raise CallbackRefused("port is not a number from 1 to 65535; use 443 or 8443") from None
     return port if port is not None else {"http": 80, "https": 443}[parts.scheme]
 
 
@@ -154,11 +162,9 @@ def _literal(host: str) -> Address | None:
     except ValueError:
         pass
     if NUMERIC_LABEL.match(host.rsplit(".", 1)[-1]):
-        raise CallbackRefused(
-            f"callback host {host!r} is an odd spelling of an address; write four decimal bytes"
-        )
+        raise CallbackRefused(f"host {host!r} is an odd spelling of an address; write four decimal bytes")
     if not HOST_NAME.match(host):
-        raise CallbackRefused(f"callback host {host!r} is not a host name")
+        raise CallbackRefused(f"host {host!r} is not a host name")
     return None
 
 
@@ -166,10 +172,10 @@ def _lookup(host: str, port: int, resolve: Resolver) -> list[Address]:
     try:
         found = resolve(host, port)
     except (OSError, UnicodeError) as error:
-        raise CallbackUnresolved(f"callback host {host!r} has no address ({error})") from None
+        raise CallbackUnresolved(f"host {host!r} has no address ({error})") from None
     addresses = [ipaddress.ip_address(text.split("%", 1)[0]) for text in dict.fromkeys(found)]
     if not addresses:
-        raise CallbackUnresolved(f"callback host {host!r} has no address")
+        raise CallbackUnresolved(f"host {host!r} has no address")
     return addresses
 
 

@@ -40,6 +40,12 @@ class JobNotFound(JobsError):
 class IdempotencyConflict(JobsError):
     """The Idempotency-Key was used before with another body."""
 
+    def __init__(self, idempotency_key: str, job_id: str) -> None:
+        super().__init__(
+            f"Idempotency-Key {idempotency_key!r} came before with another body (job {job_id}); "
+            "send the same body, or a new key"
+        )
+
 
 class QueueFull(JobsError):
     """A key's outstanding-job limit or the whole queue's limit is reached."""

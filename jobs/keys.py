@@ -1,18 +1,17 @@
 """API keys: shown once, stored as HMAC-SHA256; their webhook secrets encrypted with Fernet."""
 
-import base64
 import hashlib
 import hmac
 import secrets
 import time
 from enum import StrEnum
 
-from cryptography.fernet import Fernet, InvalidToken
 from pydantic import BaseModel, Field, SecretStr
 
 from jobs.client import RedisClient, guard, require_text
 from jobs.job import new_id
 from jobs.scripts import PREFIX, source
+from jobs.vault import OVERLAP_SECONDS, Sealed, Vault, new_webhook_secret
 
 RECORDS = f"{PREFIX}apikeys"  # hash: key id to record
 HASHES = f"{PREFIX}apikeys:hashes"  # hash: HMAC of the plain key to "<key id> <valid until, 0: for ever>"
@@ -43,7 +42,7 @@ class _Record(ApiKey):
     """As stored: with the hash (to remove it) and the encrypted webhook secrets."""
 
     hash: str
-    secrets: list[tuple[str, float]]  # (Fernet text, valid until or 0), newest first
+    secrets: Sealed
 
 
 class KeyStore:
@@ -52,16 +51,8 @@ class KeyStore:
     def __init__(self, redis: RedisClient, secret_key: str | SecretStr) -> None:
         """secret_key: the deployment's own secret, at least 16 characters; changing it ends every key."""
         require_text(redis)
-        text = secret_key.get_secret_value() if isinstance(secret_key, SecretStr) else secret_key
-        if len(text) < 16:
-            raise ValueError(
-                f"got a secret key of {len(text)} characters, expected at least 16; set REEL_SECRET_KEY"
-            )
         self.redis = redis
-        self._hash_key = hashlib.sha256(b"reel api keys" + text.encode()).digest()
-        self._fernet = Fernet(
-            base64.urlsafe_b64encode(hashlib.sha256(b"reel secrets" + text.encode()).digest())
-        )
+        self._vault = Vault(secret_key)
 
     def create(
         self,
@@ -78,7 +69,7 @@ class KeyStore:
         plain, webhook_secret: given by the caller, for a stack whose first key comes from its settings.
         """
         plain = plain or _new_plain()
-        secret = webhook_secret or _new_secret()
+        secret = webhook_secret or new_webhook_secret()
         record = _Record(
             id=new_id("key"),
             name=name,
@@ -87,7 +78,7 @@ class KeyStore:
             max_outstanding=max_outstanding,
             requests_per_minute=requests_per_minute,
             hash=self._hash(plain),
-            secrets=[(self._encrypt(secret), 0.0)],
+            secrets=self._vault.seal(secret),
         )
         self._save(record, {record.hash: 0.0})
         return _public(record), plain, secret
@@ -122,7 +113,7 @@ class KeyStore:
         self._save(record, {})
         return _public(record)
 
-    def rotate(self, key_id: str, overlap_seconds: float = 86_400.0) -> str:
+    def rotate(self, key_id: str, overlap_seconds: float = OVERLAP_SECONDS) -> str:
         """A new plain key for the same key id; the old one works for `overlap_seconds` more."""
         record = self._must(key_id)
         plain = _new_plain()
@@ -133,18 +124,11 @@ class KeyStore:
         self._save(fresh, {fresh.hash: 0.0, record.hash: now + overlap_seconds})
         return plain
 
-    def rotate_webhook_secret(self, key_id: str, overlap_seconds: float = 86_400.0) -> str:
+    def rotate_webhook_secret(self, key_id: str, overlap_seconds: float = OVERLAP_SECONDS) -> str:
         """A new webhook secret; deliveries are signed with both for `overlap_seconds`."""
         record = self._must(key_id)
-        secret = _new_secret()
-        now = time.time()
-        kept = [
-            (text, until or now + overlap_seconds)
-            for text, until in record.secrets
-            if not until or until > now
-        ]
-        fresh = record.model_copy(update={"secrets": [(self._encrypt(secret), 0.0), *kept]})
-        self._save(fresh, {})
+        secret, sealed = self._vault.rotate(record.secrets, overlap_seconds)
+        self._save(record.model_copy(update={"secrets": sealed}), {})
         return secret
 
     def webhook_secrets(self, key_id: str) -> "Secrets":
@@ -153,25 +137,11 @@ class KeyStore:
         Raises ValueError when they were encrypted under another secret key.
         """
         record = self._load(key_id)
-        if record is None:
-            return []
-        now = time.time()
-        try:
-            return [
-                self._fernet.decrypt(text.encode()).decode()
-                for text, until in record.secrets
-                if not until or until > now
-            ]
-        except InvalidToken as error:
-            raise ValueError(
-                f"key {key_id}: its webhook secret is from another REEL_SECRET_KEY; rotate the secret"
-            ) from error
+        return [] if record is None else self._vault.open(record.secrets, f"key {key_id}")
 
     def _hash(self, plain: str) -> str:
-        return hmac.new(self._hash_key, plain.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
-
-    def _encrypt(self, secret: str) -> str:
-        return self._fernet.encrypt(secret.encode()).decode()
+        text = plain.encode("utf-8", "surrogatepass")
+        return hmac.new(self._vault.hash_key, text, hashlib.sha256).hexdigest()
 
     def _load(self, key_id: str) -> _Record | None:
         with guard():
@@ -189,7 +159,7 @@ class KeyStore:
             pipe = self.redis.pipeline(transaction=True)
             pipe.execute_command("HSET", RECORDS, record.id, record.model_dump_json())
             for digest, until in hashes.items():
-                pipe.execute_command("HSET", HASHES, digest, f"{record.id} {until:.3f}")
+                pipe.execute_command("HSET", HASHES, digest, f"{record.id} {until:.6f}")
             pipe.execute()
 
 
@@ -200,11 +170,6 @@ _AUTHENTICATE = source("authenticate")
 
 def _new_plain() -> str:
     return "rk_" + secrets.token_urlsafe(32)
-
-
-def _new_secret() -> str:
-    """Standard Webhooks' form: ``whsec_`` and base64 of 24 to 64 random bytes."""
-    return "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
 
 
 def _public(record: _Record) -> ApiKey:

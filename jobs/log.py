@@ -1,6 +1,7 @@
 """Logging of every role: JSON lines on stderr, with the ids that are bound. Never prompts or secrets."""
 
 import logging
+import re
 import sys
 from collections.abc import MutableMapping
 from typing import Any
@@ -21,6 +22,11 @@ PRIVATE = frozenset(
     }
 )
 
+IDS = {
+    "job_id": re.compile(r"\bjob_[0-9a-z]{25}\b"),
+    "delivery_id": re.compile(r"\bmsg_[0-9a-z]{25}(?:_\d+)?\b"),
+}
+
 
 def setup_logging(role: str, level: str = "INFO") -> None:
     """Send structlog and the standard library's loggers to stderr as JSON lines. Call once per process."""
@@ -29,10 +35,10 @@ def setup_logging(role: str, level: str = "INFO") -> None:
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        _drop_private,
     ]
+    last: list[Any] = [_name_ids, _drop_private]
     structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        processors=[*shared, *last, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.stdlib.BoundLogger,
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=True,
@@ -40,7 +46,7 @@ def setup_logging(role: str, level: str = "INFO") -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
+            foreign_pre_chain=[*shared, *last],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 structlog.processors.format_exc_info,
@@ -70,6 +76,14 @@ def bind(**ids: str) -> None:
 def unbind(*names: str) -> None:
     """Detach them again."""
     structlog.contextvars.unbind_contextvars(*names)
+
+
+def _name_ids(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Ids that a line's text names become fields, so that all lines of a job can be found by one search."""
+    for field, pattern in IDS.items():
+        if field not in event and (found := pattern.search(str(event.get("event", "")))):
+            event[field] = found[0]
+    return event
 
 
 def _drop_private(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

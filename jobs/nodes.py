@@ -31,6 +31,9 @@ class NodeInfo(BaseModel):
     started_at: float = 0.0
     seen_at: float = 0.0
     drain_requested: bool = False
+    memory_used: int | None = None  # bytes over all ranks: of the GPUs, or resident on a CPU
+    memory_total: int | None = None
+    step_seconds: float | None = None  # one denoising step of the last finished video
     labels: dict[str, str] = Field(default_factory=dict)  # cloud, region, instance, ...
 
 

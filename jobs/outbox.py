@@ -1,11 +1,14 @@
 """The webhook outbox: the transition scripts create deliveries; this side leases, reports and lists them."""
 
+import hashlib
 import json
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
 from jobs.client import RedisClient, guard
+from jobs.endpoints import Endpoint
+from jobs.job import new_id
 from jobs.records import pairs
 from jobs.scripts import PREFIX, Scripts
 from jobs.settings import Settings
@@ -17,8 +20,9 @@ class Delivery(BaseModel):
     """One webhook. `id` is the ``webhook-id`` header: the same over all its attempts."""
 
     id: str
-    job_id: str
-    key_id: str  # whose webhook secret signs it
+    job_id: str | None = None  # None: a test event
+    key_id: str  # whose webhook secret signs it, unless it goes to an endpoint
+    endpoint: str | None = None  # that it goes to, signed with its secret; None: the job's callback
     event: str  # such as job.succeeded
     url: str
     data: dict[str, Any]  # the job when the event happened; never changes
@@ -34,7 +38,7 @@ class Delivery(BaseModel):
 
 
 class Outbox:
-    """Leased access to the deliveries. A job's deliveries become due one after the other, in order."""
+    """Leased access to the deliveries. A job's deliveries to one receiver become due in order, one by one."""
 
     def __init__(self, redis: RedisClient, settings: Settings) -> None:
         self.redis = redis
@@ -82,7 +86,7 @@ class Outbox:
     ) -> bool:
         """Give up: into the dead letter; the job's next delivery gets its turn.
 
-        gone: the receiver answered 410: the job's other waiting deliveries end too, and new ones to the same
+        gone: the receiver answered 410: the job's other deliveries to it end too, and new ones to the same
         address go straight to the dead letter for a day.
         """
         return self._settle(delivery_id, attempt, "gone" if gone else "dead", status, error, 0)
@@ -98,6 +102,26 @@ class Outbox:
         with guard():
             return self._many(self.redis.execute_command("LRANGE", f"{PREFIX}deliveries:{job_id}", 0, -1))
 
+    def for_endpoint(self, endpoint_id: str, limit: int = 50) -> list[Delivery]:
+        """The last deliveries to an endpoint, latest first."""
+        with guard():
+            ids = self.redis.execute_command("LRANGE", f"{PREFIX}deliveries:{endpoint_id}", -limit, -1)
+            return self._many(ids[::-1])
+
+    def ping(self, endpoint: Endpoint) -> Delivery:
+        """Queue a `webhook.test` event to an endpoint."""
+        data = json.dumps({"id": endpoint.id, "message": "This is a test. Nothing has happened to any job."})
+        flat = self._scripts.run(
+            "outbox_ping", new_id("msg"), endpoint.key_id, endpoint.id, endpoint.url, data, durable=True
+        )
+        return _parse(pairs(flat))
+
+    def gone(self, url: str) -> bool:
+        """Whether the address answered 410 within the last day: nothing is posted there meanwhile."""
+        digest = hashlib.sha1(url.encode(), usedforsecurity=False).hexdigest()
+        with guard():
+            return bool(self.redis.execute_command("EXISTS", f"{PREFIX}gone:{digest}"))
+
     def dead_letter(self, limit: int = 100) -> list[Delivery]:
         """Deliveries given up, latest first."""
         with guard():
@@ -108,7 +132,7 @@ class Outbox:
         return bool(self._scripts.run("outbox_redeliver", delivery_id))
 
     def pending(self) -> int:
-        """How many jobs have a delivery waiting or under way."""
+        """How many receivers of a job have a delivery waiting or under way."""
         with guard():
             return int(self.redis.execute_command("ZCARD", f"{PREFIX}outbox"))
 

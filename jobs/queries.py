@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.client import RedisClient, guard
-from jobs.errors import JobNotFound
+from jobs.errors import IdempotencyConflict, JobNotFound
 from jobs.job import Job, JobState, Priority
 from jobs.records import from_record
 from jobs.scripts import PREFIX, Scripts
@@ -14,6 +14,7 @@ from jobs.settings import Settings
 SCAN = 500  # ids looked at for one page when a filter has no index of its own
 Page = tuple[list[Job], str | None]  # jobs, and the next page's cursor
 Ids = list[str]
+Jobs = list[Job]
 MaybeJobs = list[Job | None]
 LEVELS = (Priority.HIGH, Priority.NORMAL, Priority.LOW)
 
@@ -83,6 +84,24 @@ class JobReader:
                 if len(ids) < step:
                     return found, None
         return found, last if self._more(index, last) else None
+
+    def many(self, job_ids: Ids) -> Jobs:
+        """Those of these jobs that still exist."""
+        return [job for job in self._fetch(job_ids) if job is not None]
+
+    def submitted(self, key_id: str, idempotency_key: str, body_hash: str) -> Job | None:
+        """The job that an earlier request with this Idempotency-Key made, if it still exists.
+
+        Raises IdempotencyConflict when that request had another body.
+        """
+        with guard():
+            digest, job_id = self.redis.execute_command(
+                "HMGET", f"{PREFIX}idem:{key_id}:{idempotency_key}", "hash", "job"
+            )
+        job = self._fetch([job_id])[0] if job_id else None
+        if job is not None and digest != body_hash:
+            raise IdempotencyConflict(idempotency_key, job.id)
+        return job
 
     def position(self, job_id: str) -> int | None:
         """How many waiting jobs are likely to start first (0: next); None when it does not wait.

@@ -56,7 +56,7 @@ class VideoRequestIn(BaseModel):
     ] = None
     seed: Annotated[StrictInt | None, Field(description="0 to 2^63-1; absent: random, and recorded.")] = None
     sample_solver: Annotated[Text | None, Field(description="unipc or dpm++.")] = None
-    image: Annotated[Text | None, Field(description="An uploaded image's key, to start from.")] = None
+    image: Annotated[Text | None, Field(description="To start from: an upload's id, or an https URL.")] = None
 
 
 def resolve(body: VideoRequestIn, card: ModelCard) -> VideoRequest:

@@ -22,10 +22,11 @@ deadlines, retention       zset   jobs by due time                             s
 dead                       zset   dead letter: jobs by time of failure         replay, purge, delete
 garbage                    zset   deleted jobs whose files still exist         garbage_done
 idem:<key>:<idempotency>   hash   body hash and job                            idempotency_seconds
+endpoints:<key>            hash   a key's webhook endpoints, without secrets   EndpointStore.remove; 10 a key
 delivery:<msg>             hash   one webhook and its payload                  retention after the purge
-deliveries:<id>            list   a job's webhooks in order                    retention after the purge
-pending:<id>               list   those not yet ended                          when they end
-outbox                     zset   each job's oldest pending webhook by due     delivered or dead
+deliveries:<id>            list   a job's, or an endpoint's, webhooks          retention after the purge
+pending:<chain>            list   those not yet ended                          when they end
+outbox                     zset   each chain's oldest pending webhook by due   delivered or dead
 outbox:dead                zset   webhooks given up                            redeliver, purge
 gone:<sha1 of url>         string the address answered 410                     1 day
 nodes, node:<id>           zset,  node registry (plain commands, no scripts)   NODE_SECONDS after a beat
@@ -33,6 +34,8 @@ nodes, node:<id>           zset,  node registry (plain commands, no scripts)   N
 drain:<id>                 string an operator's wish                           1 day
 models                     hash   model cards                                  withdraw_model
 apikeys, apikeys:hashes    hash   API keys                                     one entry a key made
+apikeys:endpoints          hash   webhook endpoints' secrets, encrypted        EndpointStore.remove
+timings:<model>            hash   seconds that jobs took, by shape             SHAPES_CAP fields
 uploads, uploads:users     zset,  input images by expiry; live jobs using one  UploadIndex.done; at 0
                            hash
 ========================== ====== ============================================ ==========================
@@ -54,6 +57,7 @@ from jobs.settings import Settings
 
 PREFIX = "reel:"
 EVENTS_CAP = 1000  # entries a job's stream keeps, about
+ENDPOINT_LOG = 200  # deliveries that an endpoint's log names
 _PRELUDE = ("_base", "_lanes", "_notify", "_moves")
 FOLDER = Path(__file__).parent / "lua"
 
@@ -82,6 +86,7 @@ class Scripts:
                 "idempotency_seconds": settings.idempotency_seconds,
                 "webhook_progress_seconds": settings.webhook_progress_seconds,
                 "events_cap": EVENTS_CAP,
+                "endpoint_log": ENDPOINT_LOG,
             }
         )
 

@@ -31,7 +31,7 @@ class Settings(BaseSettings):
     s3_region: str = "us-east-1"
     s3_access_key: str | None = None  # None: boto3's own credential chain
     s3_secret_key: SecretStr | None = None
-    presign_seconds: int = Field(3600, ge=1, le=604_800)
+    presign_seconds: int = Field(900, ge=1, le=604_800)  # the page asks anew when one ran out
 
     # API
     api_host: str = "127.0.0.1"
@@ -44,6 +44,7 @@ class Settings(BaseSettings):
     max_queued: int = Field(200_000, ge=1)
     idempotency_seconds: int = Field(86_400, ge=60)
     allow_loopback_callbacks: bool = False  # only the local stack sets it
+    allowed_hosts: str = ""  # names, by comma, that may be inner addresses: for callbacks and image URLs
     rate_limit: int = Field(6000, ge=1)  # requests per key and window; the bucket's size as well
     rate_window_seconds: int = Field(60, ge=1)
     heartbeat_seconds: Seconds = 10.0  # event streams: a comment this often, below proxies' idle limits
@@ -79,6 +80,11 @@ class Settings(BaseSettings):
     engine: str = "worker.build:build"
 
     log_level: str = "INFO"
+
+    @property
+    def local_hosts(self) -> frozenset[str]:
+        """The names in `allowed_hosts`, lower-case."""
+        return frozenset(filter(None, (name.strip().lower() for name in self.allowed_hosts.split(","))))
 
     @model_validator(mode="before")
     @classmethod

@@ -161,7 +161,8 @@ class ObjectStore:
 
     def _exists_bucket(self) -> bool:
         try:
-            self._client.head_bucket(Bucket=self.bucket)
+            # not HEAD, which needs rights on the whole bucket: a node's user has some of its folders alone
+            self._client.list_objects_v2(Bucket=self.bucket, Prefix="jobs/", MaxKeys=1)
         except ClientError as error:
             if error.response.get("Error", {}).get("Code") in MISSING:
                 return False

@@ -51,10 +51,7 @@ class JobStore(JobReader):
             durable=True,
         )
         if reply[0] == "conflict":
-            raise IdempotencyConflict(
-                f"Idempotency-Key {new.idempotency_key!r} came before with another body (job {reply[1]}); "
-                "send the same body, or a new key"
-            )
+            raise IdempotencyConflict(new.idempotency_key or "", str(reply[1]))
         if reply[0] == "full":
             raise QueueFull(int(reply[1]), str(reply[2]))
         return from_reply(reply), reply[0] == "ok"

@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,17 @@ def rng() -> random.Random:
     """Random numbers of this run's seed, printed in the header and beside a failure."""
     print(f"seed {SEED}: repeat with REEL_TEST_SEED={SEED}")
     return random.Random(SEED)
+
+
+_seconds: dict[str, float] = defaultdict(float)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _seconds["/".join(report.nodeid.split("/")[:2])] += report.duration
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What each suite took, to be compared with its budget in docs/log.md."""
+    ranked = sorted(_seconds.items(), key=lambda item: -item[1])
+    suites = ", ".join(f"{suite} {seconds:.0f}" for suite, seconds in ranked)
+    terminalreporter.write_line(f"seconds by suite: {suites}")

@@ -22,6 +22,7 @@ from celery.beat import EmbeddedService
 from celery.exceptions import SecurityWarning
 
 from jobs.client import connect
+from jobs.endpoints import EndpointStore
 from jobs.keys import KeyStore
 from jobs.log import setup_logging
 from jobs.outbox import Outbox
@@ -30,7 +31,7 @@ from jobs.storage import ObjectStore
 from jobs.store import JobStore
 from jobs.uploads import UploadIndex
 from worker.sweeper import remove_files, sweep
-from worker.webhooks import WebhookSender
+from worker.webhooks import WebhookSender, signing_secrets
 
 PREFIX = "reel:celery:"  # of every Redis key that Celery makes
 VISIBILITY_SECONDS = 120  # an unacknowledged message comes back after this; above any task's time
@@ -65,7 +66,8 @@ class Services:
         """The webhook sender; only here is the secret key needed."""
         assert self.settings.secret_key is not None, "checked at start"
         keys = KeyStore(self.redis, self.settings.secret_key)
-        return WebhookSender(self.outbox, keys.webhook_secrets, settings=self.settings)
+        endpoints = EndpointStore(self.redis, self.settings, self.settings.secret_key)
+        return WebhookSender(self.outbox, signing_secrets(keys, endpoints), settings=self.settings)
 
     @cached_property
     def store(self) -> JobStore:

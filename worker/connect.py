@@ -1,5 +1,6 @@
 """Connections of the worker roles, and the one clear line when a service can't be reached at start."""
 
+import logging
 from contextlib import closing
 
 import redis
@@ -9,6 +10,8 @@ from jobs.errors import StorageUnavailable
 from jobs.settings import Settings
 from jobs.storage import ObjectStore
 from jobs.store import JobStore
+
+log = logging.getLogger(__name__)
 
 
 class Unreachable(Exception):
@@ -32,7 +35,19 @@ def check_redis(settings: Settings) -> None:
 
 def check_storage(settings: Settings) -> None:
     """Raise Unreachable when the bucket can neither be found nor made."""
+    store = ObjectStore(settings)
+    try:
+        if not store.ready():
+            store.ensure_bucket()
+    except (StorageUnavailable, OSError) as error:
+        raise Unreachable(f"S3 can't be used: {error}") from None
+
+
+def prepare_bucket(settings: Settings) -> None:
+    """Make the bucket and its CORS rules where S3 is ours; at AWS they are the operator's. Never raises."""
+    if settings.s3_endpoint is None:
+        return
     try:
         ObjectStore(settings).ensure_bucket()
     except (StorageUnavailable, OSError) as error:
-        raise Unreachable(f"S3 can't be used: {error}") from None
+        log.warning("the bucket can't be made now: %s", error)

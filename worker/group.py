@@ -92,6 +92,11 @@ class RankGroup:
             watch.look()
         return agree(reports)
 
+    @property
+    def processes(self) -> tuple[psutil.Process, ...]:
+        """The ranks' processes, once they have loaded. From any thread."""
+        return tuple(self._processes)
+
     def stop(self, why: Stop) -> None:
         """Have the running attempt end at its next step boundary. From any thread."""
         if self.leader is not None:

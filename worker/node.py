@@ -26,8 +26,10 @@ from worker.plan import NodePlan, NodeStatus
 from worker.publish import Finished, Publisher
 from worker.reports import BadModel
 from worker.spool import Spool
+from worker.vitals import Memory, read_memory
 
 BEAT_SECONDS = 1.0
+VITALS_SECONDS = 5.0  # how often memory is looked at
 STOP_SECONDS = 20.0  # for ranks to reach a step boundary after the drain's grace, before they are killed
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class NodeActor:
         self.loop: ClaimLoop | None = None  # None until the ranks are up
         self.info = NodeInfo(id=plan.node_id, model="", ranks=plan.ranks, host=socket.gethostname())
         self._status = NodeStatus("starting")
+        self._memory: Memory | None = None
 
     def start(self) -> None:
         """Start the node's threads."""
@@ -82,6 +85,7 @@ class NodeActor:
             )  # fmt: skip
             self._status = NodeStatus("serving")
             threading.Thread(target=self._beat_for_ever, name="beat", daemon=True).start()
+            threading.Thread(target=self._look_for_ever, name="vitals", daemon=True).start()
             self.loop.run()
             tell(lambda: self.registry.remove(self.plan.node_id), 5.0)
             self._status = NodeStatus("stopped")
@@ -131,6 +135,12 @@ class NodeActor:
             self._enforce_drain()
             time.sleep(BEAT_SECONDS)
 
+    def _look_for_ever(self) -> None:
+        """A thread of its own: asking the driver may take seconds, which no beat must wait for."""
+        while self._status.state == "serving":
+            self._memory = read_memory(self.plan.device, self.group.processes)
+            time.sleep(VITALS_SECONDS)
+
     def _beat(self) -> None:
         assert self.loop is not None
         job, publishing = self.loop.job, self.publisher.job
@@ -140,6 +150,9 @@ class NodeActor:
             state,
             job.id if job else None,
             publishing_job_id=publishing.id if publishing else None,
+            memory_used=self._memory.used if self._memory else None,
+            memory_total=self._memory.total if self._memory else None,
+            step_seconds=self.publisher.step_seconds,
         )
         if not known:
             self.registry.register(self.info)

@@ -31,6 +31,7 @@ def post(
     headers: dict[str, str],
     *,
     allow_loopback: bool,
+    allowed_hosts: frozenset[str] = frozenset(),
     timeout: float = TIMEOUT_SECONDS,
 ) -> Answer:
     """POST `body` within `timeout` seconds; never raises.
@@ -40,7 +41,7 @@ def post(
     The address is looked up and checked now, and the connection goes to exactly what was checked.
     """
     try:
-        addresses = check_callback_url(url, allow_loopback=allow_loopback)
+        addresses = check_callback_url(url, allow_loopback=allow_loopback, allowed_hosts=allowed_hosts)
         return asyncio.run(_post_any(url, addresses, body, headers, timeout))
     except CallbackRefused as error:
         return Answer(error=str(error))

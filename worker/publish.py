@@ -13,6 +13,7 @@ from jobs.errors import LeaseLost, StorageUnavailable, StoreUnavailable
 from jobs.job import FailureClass, Job, JobError, Phase, VideoResult
 from jobs.storage import ObjectStore, artifact_key
 from jobs.store import JobStore
+from jobs.timings import Timings
 from worker.drain import Drain
 from worker.estimate import PUBLISHING_PROGRESS
 from worker.lease import Lease, tell
@@ -48,7 +49,9 @@ class Publisher:
     def __init__(self, store: JobStore, storage: ObjectStore, spool: Spool, drain: Drain) -> None:
         self._store, self._storage, self._spool, self._drain = store, storage, spool, drain
         self._free = threading.Semaphore(1)
+        self._timings = Timings(store.redis)
         self.job: Job | None = None  # being published
+        self.step_seconds: float | None = None  # one denoising step of the last published video
 
     def take(self, finished: Finished) -> None:
         """Hand over a finished job. Blocks, keeping its lease, while an earlier one is on its way."""
@@ -139,10 +142,17 @@ class Publisher:
             self._go_on(lease)
             try:
                 self._store.finish(job.id, job.token, result)
+                self._learn(job, result)
                 return
             except StoreUnavailable as error:
                 log.warning("job %s: cannot commit yet: %s", job.id, error)
             self._pause(1.0, lease)
+
+    def _learn(self, job: Job, result: VideoResult) -> None:
+        """Let estimates know what this video took."""
+        self._timings.learn(job.request, result.seconds)
+        if denoising := result.seconds.get("denoising"):
+            self.step_seconds = denoising / job.request.sampling_steps
 
     def _withdraw(self, job: Job, lease: Lease) -> None:
         """Leave nothing of ours behind: canceled, given back (draining), or a stale owner."""

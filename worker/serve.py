@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jobs.log import setup_logging
 from jobs.settings import Settings
-from worker.connect import Unreachable, check_redis, check_storage
+from worker.connect import Unreachable, check_redis, check_storage, prepare_bucket
 from worker.plan import NodePlan, ranks_and_device, threads_per_rank
 
 
@@ -43,6 +43,8 @@ def run_celery(settings: Settings, role: str = "all") -> int:
             raise ValueError("webhooks can't be signed without REEL_SECRET_KEY (the API's own); set it")
     except (Unreachable, ValueError) as error:
         return _refuse("celery", error)
+    if role != "beat":
+        prepare_bucket(settings)
     return serve(settings, role)
 
 

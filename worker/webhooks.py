@@ -12,6 +12,8 @@ from importlib.metadata import version
 
 from standardwebhooks import Webhook
 
+from jobs.endpoints import EndpointStore
+from jobs.keys import KeyStore
 from jobs.outbox import Delivery, Outbox
 from jobs.settings import Settings
 from worker.post import Answer, post
@@ -29,12 +31,13 @@ class WebhookSender:
     def __init__(
         self,
         outbox: Outbox,
-        secrets: Callable[[str], list[str]],
+        secrets: Callable[[Delivery], list[str]],
         settings: Settings,
     ) -> None:
-        """secrets: a key id's webhook secrets, newest first (KeyStore.webhook_secrets)."""
+        """secrets: what signs a delivery, newest first (`signing_secrets`)."""
         self._outbox, self._secrets = outbox, secrets
         self._allow_loopback = settings.allow_loopback_callbacks
+        self._allowed_hosts = settings.local_hosts
         self._schedule = settings.webhook_retry_seconds
         self._timeout = settings.webhook_timeout_seconds
 
@@ -45,14 +48,13 @@ class WebhookSender:
             return False
         body = body_of(delivery)
         try:
-            secrets = self._secrets(delivery.key_id)
+            secrets = self._secrets(delivery)
         except ValueError as error:  # stored under another secret key: the operator may still put it right
             self._retry(delivery, Answer(error=str(error)))
             return True
         if not secrets:
-            self._outbox.dead(
-                delivery.id, attempt=delivery.attempt, error="its API key has no webhook secret"
-            )
+            missing = "its endpoint was deleted" if delivery.endpoint else "its API key has no webhook secret"
+            self._outbox.dead(delivery.id, attempt=delivery.attempt, error=missing)
             return True
         headers = headers_of(delivery, body, secrets, datetime.now(UTC))
         answer = post(
@@ -60,6 +62,7 @@ class WebhookSender:
             body.encode(),
             headers,
             allow_loopback=self._allow_loopback,
+            allowed_hosts=self._allowed_hosts,
             timeout=self._timeout,
         )
         self._settle(delivery, answer)
@@ -94,6 +97,17 @@ class WebhookSender:
         if answer.retry_after is not None:
             delay = max(delay, min(answer.retry_after, LONGEST_DELAY))
         self._outbox.retry(delivery.id, delay, attempt=delivery.attempt, status=answer.status, error=problem)
+
+
+def signing_secrets(keys: KeyStore, endpoints: EndpointStore) -> Callable[[Delivery], list[str]]:
+    """The secrets of a delivery: its endpoint's own, or its API key's for a job's callback."""
+
+    def find(delivery: Delivery) -> list[str]:
+        if delivery.endpoint is not None:
+            return endpoints.secrets(delivery.endpoint)
+        return keys.webhook_secrets(delivery.key_id)
+
+    return find
 
 
 def body_of(delivery: Delivery) -> str:

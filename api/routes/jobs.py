@@ -12,7 +12,7 @@ from api.errors import invalid
 from api.problem import documented
 from api.schemas import JOB_ID, JobOut, JobPage
 from api.services import Services
-from api.submit import accept
+from api.submit import submit_job
 from api.views import base_url, etagged, job_view, json_response, show
 from api.waiting import Prefer, wait_for_change, wait_for_end
 from jobs.errors import FieldProblem, IllegalTransition, JobNotFound
@@ -82,7 +82,7 @@ async def submit(
     is the job; follow its `links`. Unknown fields are refused, and every wrong field is named at once.
     """
     data = await read_object(request)
-    job, created = await run_in_threadpool(accept, svc, key, data, idempotency_key)
+    job, created = await submit_job(svc, key, data, idempotency_key)
     if prefer.seconds:
         job = await wait_for_end(svc, job, prefer.seconds)
     view = await run_in_threadpool(show, request, svc, job)
@@ -125,7 +125,7 @@ def list_jobs(
     )
     base = base_url(request, svc)
     page = JobPage(
-        data=[job_view(job, base, _position(svc, job)) for job in found],
+        data=[job_view(svc, job, base, _position(svc, job)) for job in found],
         has_more=following is not None,
         next_cursor=following,
     )

@@ -21,20 +21,24 @@ def node_views(svc: Services) -> list[NodeOut]:
     """All nodes that reported lately. Live: heard of within two leases' time, by the Redis clock."""
     with guard():
         now = float(svc.redis.execute_command("TIME")[0])
+    found = svc.nodes.list()
+    running = svc.jobs.many([node.job_id for node in found if node.job_id])
+    progress = {job.id: round(job.progress, 4) for job in running}
     return [
         NodeOut(
             **node.model_dump(
                 include={
                     "id", "state", "model", "ranks", "layout", "host", "device", "version", "job_id",
-                    "publishing_job_id", "labels",
+                    "publishing_job_id", "labels", "memory_used", "memory_total", "step_seconds",
                 }
             ),
             live=node.state != "stopped" and now - node.seen_at <= 2 * svc.settings.lease_seconds,
+            progress=progress.get(node.job_id or ""),
             draining=node.drain_requested or node.state == "draining",
             started_at=datetime.fromtimestamp(round(node.started_at, 3), UTC),
             seen_at=datetime.fromtimestamp(round(node.seen_at, 3), UTC),
         )
-        for node in svc.nodes.list()
+        for node in found
     ]  # fmt: skip
 
 

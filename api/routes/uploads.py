@@ -3,22 +3,17 @@
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
 from api import problem as p
 from api.auth import ServicesDep, SubmitKey
 from api.errors import invalid
-from api.images import storage_key
+from api.images import store_image
 from api.problem import ProblemError, documented
 from api.routes.jobs import COMMON
-from api.sanitize import ImageRefusedError, clean_image
 from api.schemas import UploadOut
-from api.services import Services
 from api.views import json_response
 from jobs.errors import FieldProblem
-from jobs.job import new_id
-from jobs.keys import ApiKey
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
 TYPES = ("image/png", "image/jpeg", "image/webp")
@@ -39,22 +34,6 @@ BODY: dict[str, Any] = {
         },
     }
 }
-
-
-async def store_image(svc: Services, key: ApiKey, data: bytes, field: str) -> UploadOut:
-    """Check, re-encode and store an image of this key. Raises ProblemError that names `field`."""
-    try:
-        image = await clean_image(data, svc.settings.max_image_pixels)
-    except ImageRefusedError as error:
-        expected = f"a PNG, JPEG or WebP image: {error}"
-        raise invalid([FieldProblem(field, f"{len(data)} bytes", expected)]) from None
-    name = new_id("img")
-    path = storage_key(key.id, name)
-    await run_in_threadpool(svc.uploads.add, path)  # first, so that the sweeper knows of every file
-    await run_in_threadpool(svc.storage.put_bytes, path, image.png, "image/png")
-    return UploadOut(
-        id=name, width=image.width, height=image.height, bytes=len(image.png), content_type="image/png"
-    )
 
 
 async def read_file(request: Request) -> bytes:

@@ -15,13 +15,13 @@ from api import problem as p
 from api.auth import ReadKey, ServicesDep, SubmitKey, view_of
 from api.bodies import load_object
 from api.errors import invalid
+from api.images import store_image
 from api.openai_shape import BODY, VideoDeleted, VideoOut, VideoPage, native_body, renamed, video_view
 from api.problem import ProblemError, documented
 from api.routes.jobs import find, remove
 from api.routes.media import sign
-from api.routes.uploads import store_image
 from api.services import Services
-from api.submit import accept, choose_model
+from api.submit import choose_model, submit_job
 from api.views import json_response
 from jobs.errors import FieldProblem
 from jobs.job import Job
@@ -90,19 +90,16 @@ async def create(
     """
     fields = await read_fields(request, svc, key)
 
-    def submit() -> VideoOut:
-        wrong: dict[str, FieldProblem] = {}
-        card = choose_model(svc, fields.get("model") or None, wrong)
-        if card is None:
-            raise invalid(list(wrong.values()))
-        body = native_body(fields, card)
-        try:
-            job, _ = accept(svc, key, body, idempotency_key)
-        except ProblemError as error:
-            raise ProblemError(error.kind, error.detail, renamed(error.errors), error.headers) from None
-        return video_view(job, card.fps, svc.settings.retention_seconds)
-
-    return json_response(await run_in_threadpool(submit), headers=POLL)
+    wrong: dict[str, FieldProblem] = {}
+    card = await run_in_threadpool(choose_model, svc, fields.get("model") or None, wrong)
+    if card is None:
+        raise invalid(list(wrong.values()))
+    body = native_body(fields, card)
+    try:
+        job, _ = await submit_job(svc, key, body, idempotency_key)
+    except ProblemError as error:
+        raise ProblemError(error.kind, error.detail, renamed(error.errors), error.headers) from None
+    return json_response(video_view(job, card.fps, svc.settings.retention_seconds), headers=POLL)
 
 
 def views(svc: Services, found: Sequence[Job]) -> list[VideoOut]:

@@ -9,18 +9,20 @@ from api import problem as p
 from api.auth import ReadKey, ServicesDep, SubmitKey
 from api.problem import ProblemError, documented
 from api.routes.jobs import OWN, JobId, find
-from api.schemas import DeliveryOut, DeliveryPage
 from api.views import json_response, when
+from api.webhook_schemas import DeliveryOut, DeliveryPage
 from jobs.outbox import Delivery
 
 router = APIRouter(prefix="/v1/jobs", tags=["webhooks"])
+SHOWN = {"id", "job_id", "event", "state", "url", "attempts", "status", "data"}
 DeliveryId = Annotated[str, Path(description="The delivery's id, `msg_...`.", max_length=200)]
 
 
 def delivery_view(delivery: Delivery) -> DeliveryOut:
     """A delivery as clients see it."""
     return DeliveryOut(
-        **delivery.model_dump(include={"id", "event", "state", "url", "attempts", "status", "data"}),
+        **delivery.model_dump(include=SHOWN),
+        endpoint_id=delivery.endpoint,
         error=delivery.error or None,
         created_at=datetime.fromtimestamp(round(delivery.created_at, 3), UTC),
         next_attempt_at=when(delivery.next_at),

@@ -42,6 +42,7 @@ function gate(message = "") {
   show($("main"), false);
   show($("gate"), true);
   show($("key-open"), false);
+  $("key-name").textContent = "";
   $("key-error").textContent = message;
   $("key").value = "";
   $("key").focus();
@@ -56,7 +57,7 @@ async function tick() {
     const work = [refreshQueue(pick)];
     if (slow) work.push(readiness(), refreshGallery(pick));
     if (slow && $("model").options.length === 0) work.push(loadModels());
-    if (admin) work.push(refreshNodes());
+    if (admin) work.push(refreshNodes(pick));
     const failed = (await Promise.allSettled(work)).find((item) => item.status === "rejected");
     if (failed?.reason instanceof Problem && failed.reason.status === 401) { setKey("", false); gate("The key is no longer valid."); return; }
     if (failed) readiness();

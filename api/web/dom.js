@@ -52,6 +52,18 @@ const PHASES = {
   publishing: "Saving",
 };
 
+export function bytes(count) {
+  const units = ["B", "kB", "MB", "GB", "TB"];
+  const power = count > 0 ? Math.min(units.length - 1, Math.floor(Math.log10(count) / 3)) : 0;
+  const value = count / 1000 ** power;
+  return `${value >= 100 || power === 0 ? Math.round(value) : value.toFixed(1)} ${units[power]}`;
+}
+
+// Memory as GPUs are sold and reported: an "80 GB" card has 79.6 GiB.
+export const gib = (count) => (count / 2 ** 30).toFixed(count < 100 * 2 ** 30 ? 1 : 0);
+
+export const calm = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
+
 export const isLive = (job) => job.state === "queued" || job.state === "running";
 
 export function headline(job) {
@@ -64,8 +76,10 @@ export function fine(job) {
   if (job.state === "queued") {
     const where = job.queue_position;
     const again = job.attempts ? ` · try ${job.attempts + 1}` : "";
+    const wait = job.estimated_start_at ? (Date.parse(job.estimated_start_at) - Date.now()) / 1000 : 0;
+    const soon = wait > 2 ? ` · starts in about ${duration(wait)}` : "";
     if (where === null || where === undefined) return `in the queue${again}`;
-    return (where === 0 ? "next in line" : `${where} ahead`) + again;
+    return (where === 0 ? "next in line" : `${where} ahead`) + soon + again;
   }
   if (job.state !== "running") return "";
   const parts = [`${Math.round(job.progress * 100)} %`];

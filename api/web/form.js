@@ -71,6 +71,23 @@ function drawPresets(card) {
   }));
 }
 
+// The demo model knows shapes that move; the large ones know the world.
+const IDEAS = {
+  demo: ["A red circle bounces on a dark background", "A small yellow star spins in front of a large blue square", "A striped green triangle glides slowly to the left at night",
+    "A purple heart grows while an orange ring drifts to the right", "A dotted white ball moves up past a cross, the camera pans left"],
+  world: ["A red fox trots through fresh snow at dawn. Soft light, slow pan, breath in the cold air.", "A paper boat drifts down a rain-filled gutter. Macro, warm evening light.",
+    "An old lighthouse in a storm, waves breaking over the rocks. Slow dolly in.", "Ink blooms in clear water against a white studio wall. Slow motion.",
+    "A tram crosses a foggy bridge at night, neon reflected in the wet street.", "Hot air balloons rise over a valley of poppies at sunrise. Wide shot."],
+};
+let idea = Math.floor(Math.random() * 60);
+
+function giveIdea() {
+  const list = IDEAS[/demo|tiny/.test(model()?.id || "") ? "demo" : "world"];
+  idea += 1;
+  $("prompt").value = list[idea % list.length];
+  refresh();
+}
+
 const number = (id) => ($(id).value.trim() === "" ? undefined : Number($(id).value));
 
 // The request's body, exactly as it will be sent. Fields at the model's default are left out.
@@ -180,6 +197,7 @@ export function startForm(onSubmit) {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); onSubmit(); }
   });
   $("model").addEventListener("change", applyModel);
+  $("idea").addEventListener("click", giveIdea);
   const take = (file) => { if (file) setPicture({ file, url: URL.createObjectURL(file) }); };
   $("image").addEventListener("change", () => take($("image").files[0]));
   $("image-clear").addEventListener("click", () => setPicture(null));

@@ -1,7 +1,7 @@
 // The lists below: jobs in progress, finished videos, and nodes for those who may see them.
 
 import { json } from "./client.js";
-import { $, duration, fine, headline, make, pretty, setBar, show } from "./dom.js";
+import { $, calm, duration, fine, gib, headline, make, pretty, setBar, show } from "./dom.js";
 import { selected } from "./stage.js";
 
 const posters = new Map(); // job id -> {url, until}
@@ -74,7 +74,25 @@ export function dropCard(id, onSelect) {
 function card(job) {
   const thumb = make("span", { class: "thumb" });
   poster(job, thumb);
-  return make("button", { type: "button", class: "card" }, thumb, make("span", { class: "words" }, make("span", { class: "text" }), make("span", { class: "status" })));
+  const button = make("button", { type: "button", class: "card" }, thumb, make("span", { class: "words" }, make("span", { class: "text" }), make("span", { class: "status" })));
+  preview(job, button, thumb);
+  return button;
+}
+
+// A card that the pointer rests on, or that has the focus, plays its video in place of its still.
+function preview(job, button, thumb) {
+  let timer = null;
+  const start = () => { timer = setTimeout(async () => {
+    const { url } = await json(`/v1/jobs/${job.id}/video`).catch(() => ({}));
+    if (!url || timer === null) return;
+    const video = make("video", { src: url, muted: true, loop: true, playsInline: true, autoplay: true, tabIndex: -1, "aria-hidden": "true" });
+    thumb.append(video);
+  }, 350); };
+  const stop = () => { clearTimeout(timer); timer = null; thumb.querySelector("video")?.remove(); };
+  if (calm()) return;
+  button.addEventListener("pointerenter", (event) => { if (event.pointerType === "mouse") { stop(); start(); } });
+  button.addEventListener("focus", () => { if (button.matches(":focus-visible")) { stop(); start(); } });
+  for (const type of ["pointerleave", "blur"]) button.addEventListener(type, stop);
 }
 
 async function poster(job, thumb) {
@@ -89,24 +107,51 @@ async function poster(job, thumb) {
   } catch { thumb.textContent = "no preview"; }
 }
 
-export async function refreshNodes() {
+export async function refreshNodes(onSelect) {
   const { data } = await json("/v1/nodes");
   show($("nodes"), true);
   show($("nodes-empty"), data.length === 0);
-  $("node-list").replaceChildren(...data.map((node) => {
-    const item = make("li", { class: "node" }, make("span", { class: "name", text: node.id }),
-      make("span", { class: "status", text: node.draining ? `${node.state}, draining` : node.state }), make("span", { class: "more", text: nodeFacts(node) }));
-    item.dataset.live = String(node.live);
-    return item;
-  }));
+  const focused = document.activeElement?.dataset?.node; // a refresh must not take the focus away
+  $("node-list").replaceChildren(...data.map((node) => nodeItem(node, onSelect)));
+  if (focused) $("node-list").querySelector(`[data-node="${CSS.escape(focused)}"]`)?.focus();
 }
 
-function nodeFacts(node) {
-  const parts = [node.model, `${node.ranks} ${node.ranks === 1 ? "rank" : "ranks"}${node.layout ? ` (${node.layout})` : ""}`, node.device];
-  if (node.job_id) parts.push(`on ${node.job_id}`);
-  if (node.publishing_job_id) parts.push(`saving ${node.publishing_job_id}`);
-  for (const [name, value] of Object.entries(node.labels)) parts.push(`${name} ${value}`);
+function nodeItem(node, onSelect) {
   const silent = (Date.now() - Date.parse(node.seen_at)) / 1000;
-  if (!node.live) parts.push(`silent for ${duration(silent)}`);
-  return parts.filter(Boolean).join(" · ");
+  const state = node.live ? (node.draining ? `${node.state}, draining` : node.state) : `silent for ${duration(silent)}`;
+  const labels = Object.entries(node.labels).map(([name, value]) => `${name} ${value}`);
+  const ranks = `${node.ranks} ${node.ranks === 1 ? "rank" : "ranks"}${node.layout ? ` (${node.layout})` : ""}`;
+  const item = make("li", { class: "node" },
+    make("p", { class: "name" }, make("b", { text: node.id }), make("span", { class: "status", text: state })),
+    make("p", { class: "more", text: [node.model, ranks, node.device, ...labels].filter(Boolean).join(" · ") }));
+  item.dataset.live = String(node.live);
+  const meters = make("div", { class: "meters" });
+  if (node.memory_total) meters.append(meter("Memory", node.memory_used / node.memory_total, `${gib(node.memory_used)} of ${gib(node.memory_total)} GiB`));
+  if (node.step_seconds) meters.append(fact("A step took", node.step_seconds < 10 ? `${node.step_seconds.toFixed(2)} s` : duration(node.step_seconds)));
+  if (node.job_id) meters.append(jobMeter(node, onSelect));
+  else if (node.live && !node.publishing_job_id) meters.append(fact("Job", "none"));
+  if (node.publishing_job_id) meters.append(fact("Saving", node.publishing_job_id));
+  item.append(meters);
+  return item;
+}
+
+function fact(name, value) {
+  return make("div", { class: "meter" }, make("span", { class: "meter-name", text: name }), make("span", { class: "meter-value", text: value }));
+}
+
+function meter(name, share, value) {
+  const bar = make("span", { class: "bar", "aria-hidden": "true" }, make("span"));
+  setBar(bar, Math.min(1, share), false);
+  const box = fact(name, value);
+  box.append(bar);
+  return box;
+}
+
+function jobMeter(node, onSelect) {
+  const box = meter("Job", node.progress ?? 0, "");
+  const button = make("button", { type: "button", class: "link", text: `${Math.round((node.progress ?? 0) * 100)} %, show it`, "aria-label": `Show the job on ${node.id}` });
+  button.dataset.node = node.id;
+  button.addEventListener("click", () => onSelect(node.job_id));
+  box.querySelector(".meter-value").append(button);
+  return box;
 }

@@ -1,12 +1,13 @@
 // The big screen: the selected job, live while it runs, then its video.
 
 import { follow, json } from "./client.js";
-import { $, fine, headline, isLive, pretty, setBar, show } from "./dom.js";
+import { $, bytes, calm, fine, headline, isLive, pretty, setBar, show } from "./dom.js";
 
 let job = null;
 let stream = null; // AbortController of the open event stream
 let said = ""; // last announcement, so that a screen reader hears changes only
 let onChange = () => {};
+const TITLE = document.title;
 
 export const selected = () => job?.id || null;
 
@@ -24,9 +25,18 @@ export function startStage(handlers) {
   $("reuse").addEventListener("click", () => handlers.onReuse(job));
   const video = $("video");
   video.addEventListener("error", () => {
+    if (job?.state !== "succeeded" || !video.dataset.url) return;
+    // An address lives for minutes: a tab that was left open asks for a new one.
+    if (Date.now() > Number(video.dataset.until)) play(job);
     // A bucket without CORS refuses the anonymous mode; plain playback still works there.
-    if (video.crossOrigin && video.dataset.url) { video.removeAttribute("crossorigin"); video.src = video.dataset.url; }
-    else if (job?.state === "succeeded") $("stage-error").textContent = "The video can’t be played here. Downloading it may still work.";
+    else if (video.crossOrigin) { video.removeAttribute("crossorigin"); video.src = video.dataset.url; }
+    else $("stage-error").textContent = "The video can’t be played here. Downloading it may still work.";
+  });
+  // The same for the file: a link that is too old gets a new address before it is followed.
+  $("download").addEventListener("click", (event) => {
+    if (Date.now() < Number(video.dataset.until) || !job) return;
+    event.preventDefault();
+    act(async () => { location.assign((await json(`/v1/jobs/${job.id}/video?download=true`)).url); });
   });
 }
 
@@ -39,6 +49,7 @@ export function clear() {
   stream?.abort();
   job = null;
   stopVideo();
+  document.title = TITLE;
   history.replaceState(null, "", location.pathname);
   for (const id of ["working", "ended", "caption"]) show($(id), false);
   show($("idle"), true);
@@ -118,6 +129,7 @@ function apply(next) {
     $("ended-title").textContent = job.error ? job.error.title : headline(job);
     $("ended-detail").textContent = job.error ? job.error.detail : "";
   }
+  document.title = live ? `${job.state === "running" ? `${Math.round(job.progress * 100)} %` : headline(job)} · ${TITLE}` : `${headline(job)} · ${TITLE}`;
   announce(before);
   if (before?.state !== job.state) onChange(job);
 }
@@ -125,7 +137,7 @@ function apply(next) {
 function facts(item) {
   const r = item.request;
   const parts = [pretty(r.size), `${r.frame_num} frames`, `${r.sampling_steps} steps`, `seed ${r.seed}`, r.model];
-  if (item.result) parts.push(`${(item.result.bytes / 1e6).toFixed(1)} MB`);
+  if (item.result) parts.push(bytes(item.result.bytes));
   if (item.attempts) parts.push(`${item.attempts} failed ${item.attempts === 1 ? "try" : "tries"}`);
   return parts.join(" · ");
 }
@@ -138,10 +150,12 @@ async function play(item) {
     const player = $("video");
     player.crossOrigin = "anonymous";
     player.dataset.url = video.url;
+    player.dataset.until = String(Date.parse(video.expires_at) - 5000);
     if (poster) player.poster = poster.url;
     player.setAttribute("aria-label", `Video: ${item.request.prompt.slice(0, 200)}`);
     player.src = video.url;
     show(player, true);
+    if (!calm()) player.play().catch(() => {}); // muted and short; a browser that refuses shows its button
     $("download").href = file.url;
     show($("download"), true);
   });

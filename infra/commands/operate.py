@@ -1,8 +1,9 @@
 """Operating a deployment: jobs, nodes, drain, keys and the dead letter, straight from Redis."""
 
+import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
 
 AsJson = Annotated[bool, typer.Option("--json", help="JSON lines instead of a table.")]
 Limit = Annotated[int, typer.Option(min=1, max=1000, help="How many at most.")]
+KeyId = Annotated[str, typer.Argument(help="As `reel keys list` shows it.")]
+Overlap = Annotated[float, typer.Option(min=0, help="Hours for which the old one goes on.")]
 PANEL = "Operate"
-keys_app = typer.Typer(help="API keys: create, list, revoke.", no_args_is_help=True)
+keys_app = typer.Typer(help="API keys: create, list, rotate, revoke.", no_args_is_help=True)
 dead_app = typer.Typer(help="The dead letter: jobs that used up their attempts.", no_args_is_help=True)
 
 
@@ -73,6 +76,12 @@ def create_key(
     scope: Annotated[
         list[str] | None, typer.Option(help="Repeatable: submit, read, admin, priority_high.")
     ] = None,
+    max_outstanding: Annotated[
+        int | None, typer.Option(min=1, help="Jobs waiting or running at once; else the service's limit.")
+    ] = None,
+    requests_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="Requests a minute; else the service's limit.")
+    ] = None,
     stack: Stack = None,
 ) -> None:
     """Make an API key. The key and its webhook secret are shown this once."""
@@ -82,7 +91,12 @@ def create_key(
     wanted = scope or [Scope.SUBMIT, Scope.READ]
     if unknown := [name for name in wanted if name not in set(Scope)]:
         raise CliError(f"--scope: got {unknown[0]!r}, expected one of {', '.join(Scope)}")
-    record, plain, secret = _keys().create(name, tuple(Scope(scope) for scope in wanted))
+    record, plain, secret = _keys().create(
+        name,
+        tuple(Scope(scope) for scope in wanted),
+        max_outstanding=max_outstanding,
+        requests_per_minute=requests_per_minute,
+    )
     typer.echo(f"id             {record.id}\nkey            {plain}\nwebhook secret {secret}")
 
 
@@ -94,21 +108,44 @@ def list_keys(as_json: AsJson = False, stack: Stack = None) -> None:
     if as_json:
         _lines(rows)
         return
-    columns = ("id", "name", "scopes", "created_at", "revoked_at")
+    columns = ("id", "name", "scopes", "max_outstanding", "requests_per_minute", "created_at", "revoked_at")
     _table(columns, [[_cell(row.get(name)) for name in columns] for row in rows])
 
 
 @keys_app.command("revoke")
-def revoke_key(
-    key_id: Annotated[str, typer.Argument(help="As `reel keys list` shows it.")], stack: Stack = None
-) -> None:
-    """Make a key useless at once."""
+def revoke_key(key_id: KeyId, stack: Stack = None) -> None:
+    """Make a key useless at once. Its jobs go on."""
     use_stack(stack, "REEL_REDIS_URL")
-    try:
+    with _known(key_id):
         _keys().revoke(key_id)
+    typer.echo(f"revoked {key_id}")
+
+
+@keys_app.command("rotate")
+def rotate_key(key_id: KeyId, overlap_hours: Overlap = 24.0, stack: Stack = None) -> None:
+    """Give a key a new value, shown this once; jobs, limits and endpoints stay with it."""
+    use_stack(stack, "REEL_REDIS_URL")
+    with _known(key_id):
+        plain = _keys().rotate(key_id, overlap_hours * 3600)
+    typer.echo(f"key            {plain}\nthe old one works for {overlap_hours:g} hours more")
+
+
+@keys_app.command("rotate-secret")
+def rotate_secret(key_id: KeyId, overlap_hours: Overlap = 24.0, stack: Stack = None) -> None:
+    """Give a key a new webhook secret, shown this once; both sign meanwhile."""
+    use_stack(stack, "REEL_REDIS_URL")
+    with _known(key_id):
+        secret = _keys().rotate_webhook_secret(key_id, overlap_hours * 3600)
+    typer.echo(f"webhook secret {secret}\nthe old one signs as well for {overlap_hours:g} hours more")
+
+
+@contextlib.contextmanager
+def _known(key_id: str) -> Iterator[None]:
+    """One clear line for a key that doesn't exist."""
+    try:
+        yield
     except KeyError:
         raise CliError(f"no key {key_id!r}; `reel keys list` shows them") from None
-    typer.echo(f"revoked {key_id}")
 
 
 @dead_app.command("list")

@@ -1,7 +1,8 @@
 """Make the secrets that docker-compose.yml mounts, once: `python infra/docker/make_secrets.py [FOLDER]`.
 
-Standard library only. An existing folder is left alone, so that a second run changes no password. Redis gets
-one user a role: a node can neither read API keys nor administer Redis.
+Standard library only. An existing folder is left alone, so that a second run changes no password. Redis and
+S3 get one user a role, here and in the local stack: a node can neither read API keys or webhook secrets, nor
+make keys, nor administer Redis, and in S3 it reads input images and writes videos alone.
 """
 
 import json
@@ -10,10 +11,12 @@ import sys
 from pathlib import Path
 
 HOST = "redis:6379"
+BUCKET = "reelserve"
 # Keys that claims, heartbeats, ends and sweeps touch: all of jobs/scripts.py but API keys and limits.
 JOB_KEYS = (
     "job", "body", "events", "lane", "lanes", "rising", "vtime", "waiting", "running", "leases", "wake",
     "claim", "list", "idem", "delivery", "deliveries", "pending", "gone", "node", "drain",
+    "endpoints", "timings",
 )  # fmt: skip
 WHOLE_KEYS = (
     "queues",
@@ -25,6 +28,8 @@ WHOLE_KEYS = (
     "outbox:dead",
     "nodes",
     "models",
+    "uploads",
+    "uploads:users",
 )
 ROLES = ("api", "celery", "node", "ops")
 
@@ -45,26 +50,38 @@ def acl(passwords: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def s3(access: str, secret: str) -> str:
-    """SeaweedFS' identities."""
-    identity = {
-        "name": "reelserve",
-        "credentials": [{"accessKey": access, "secretKey": secret}],
-        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-    }
-    return json.dumps({"identities": [identity]}, indent=1) + "\n"
+def s3(secret_keys: dict[str, str], bucket: str = BUCKET) -> str:
+    """SeaweedFS' identities: a role's access key is its name. Celery makes the bucket and removes files."""
+    everything = ["Admin", "Read", "Write", "List", "Tagging"]
+    actions = {
+        "api": [f"{verb}:{bucket}" for verb in ("Read", "Write", "List")],
+        "celery": everything,
+        "node": [
+            f"Read:{bucket}/uploads/*", f"Read:{bucket}/jobs/*", f"Write:{bucket}/jobs/*", f"List:{bucket}"
+        ],
+        "ops": everything,
+    }  # fmt: skip
+    identities = [
+        {
+            "name": role,
+            "credentials": [{"accessKey": role, "secretKey": secret_keys[role]}],
+            "actions": actions[role],
+        }
+        for role in ROLES
+    ]
+    return json.dumps({"identities": identities}, indent=1) + "\n"
 
 
 def make(folder: Path, host: str = HOST) -> None:
     """Write every secret into `folder`, each file readable by its owner alone."""
     folder.mkdir(parents=True, mode=0o700)
     passwords = {role: secrets.token_hex(24) for role in ROLES}
-    s3_secret = secrets.token_hex(24)
+    s3_secrets = {role: secrets.token_hex(24) for role in ROLES}
     files = {
         "users.acl": acl(passwords),
         "secret_key": secrets.token_hex(32) + "\n",
-        "s3_secret_key": s3_secret + "\n",
-        "s3.json": s3("reelserve", s3_secret),
+        "s3.json": s3(s3_secrets),
+        **{f"s3_secret_{role}": s3_secrets[role] + "\n" for role in ROLES},
         "grafana_password": secrets.token_hex(12) + "\n",
         **{f"redis_url_{role}": f"redis://{role}:{passwords[role]}@{host}/0\n" for role in ROLES},
     }

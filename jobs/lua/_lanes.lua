@@ -71,6 +71,9 @@ local function charge_turn(job, score)
   for level = 0, 2 do
     place(job.model, level, job.key_id)
   end
+  if redis.call('EXISTS', P .. 'lanes:' .. job.model) == 0 then
+    redis.call('DEL', vtime) -- as in place: the lane's last job was just taken
+  end
   return tostring(effective)
 end
 

@@ -92,11 +92,13 @@ local function erase(job)
   redis.call('DEL', P .. 'job:' .. job.id, P .. 'body:' .. job.id, P .. 'events:' .. job.id)
   redis.call('ZREM', P .. 'retention', job.id)
   redis.call('ZREM', P .. 'dead', job.id)
+  for chain in pairs(chains(job)) do
+    redis.call('EXPIRE', P .. 'pending:' .. chain, conf.delivery_seconds)
+  end
   for _, id in ipairs(redis.call('LRANGE', P .. 'deliveries:' .. job.id, 0, -1)) do
     redis.call('EXPIRE', P .. 'delivery:' .. id, conf.delivery_seconds)
     redis.call('ZREM', P .. 'outbox:dead', id)
   end
   redis.call('EXPIRE', P .. 'deliveries:' .. job.id, conf.delivery_seconds)
-  redis.call('EXPIRE', P .. 'pending:' .. job.id, conf.delivery_seconds)
   redis.call('ZADD', P .. 'garbage', seconds(now), job.id)
 end

@@ -1,14 +1,15 @@
 -- outbox_settle(delivery, attempt, outcome, status, error, delay): pending -> delivered, dead, or pending again.
 -- Guards: a stale attempt can't reschedule or kill a delivery (though its success counts: the receiver has it);
--- the job's next delivery becomes due only when this one has ended, so they stay in order.
--- Outcome `gone` (410) ends every waiting delivery of the job and marks the address for a day.
+-- the chain's next delivery becomes due only when this one has ended, so they stay in order.
+-- Outcome `gone` (410) ends every waiting delivery of the chain and marks the address for a day.
 local id, outcome = ARGV[2], ARGV[4]
 local key = P .. 'delivery:' .. id
-local found = redis.call('HMGET', key, 'state', 'attempt', 'job_id', 'url')
+local found = redis.call('HMGET', key, 'state', 'attempt', 'job_id', 'url', 'chain')
 if found[1] ~= 'pending' or (found[2] ~= ARGV[3] and outcome ~= 'delivered') then
   return 0
 end
-local pending = P .. 'pending:' .. found[3]
+local chain = chain_of(found[5], found[3])
+local pending = P .. 'pending:' .. chain
 
 local function finish_one(one, state, problem)
   redis.call('HSET', P .. 'delivery:' .. one, 'state', state, 'error', problem, 'lease_until', '', 'next_at', '',
@@ -32,6 +33,6 @@ elseif outcome == 'gone' then
   end
 else
   finish_one(id, outcome, ARGV[6])
-  outbox_head(found[3], now)
+  outbox_head(chain, now)
 end
 return 1

@@ -9,9 +9,11 @@ end
 if tonumber(due) > now then
   return {'none'}
 end
-if redis.call('EXISTS', P .. 'pending:' .. job.id) == 1 then
-  redis.call('ZADD', P .. 'retention', seconds(now + 60), job.id)
-  return {'none'}
+for chain in pairs(chains(job)) do
+  if redis.call('EXISTS', P .. 'pending:' .. chain) == 1 then
+    redis.call('ZADD', P .. 'retention', seconds(now + 60), job.id)
+    return {'none'}
+  end
 end
 erase(job)
 return {'ok'}

@@ -1,28 +1,29 @@
-"""The page in a real Chromium: key, errors at the field, submit, progress, reload, play, cancel."""
+"""The page in a real Chromium. The tests touch the page alone; a worker plays the node through the store."""
 
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jobs.client import RedisClient
 from jobs.job import Phase
 from jobs.keys import KeyStore, Scope
+from jobs.nodes import NodeRegistry
 from jobs.settings import Settings
 from jobs.store import JobStore
-from tests.api.browser import browser, chromium_path
+from tests.api.browser import browser, chromium_or_skip
 from tests.api.conftest import MODEL, Running, finish
 
-pytest.importorskip("playwright", reason="the page's test needs the playwright package")
-pytestmark = [
-    pytest.mark.skipif(chromium_path() is None, reason="the page's test needs chromium on the PATH"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
-SHOT = Path("/tmp/reel-shots")
-CANVAS = """async () => {
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+PROMPT = "a red ball rolls over a table"
+# Two moments of the playing video, drawn and compared.
+FRAMES_DIFFER = """async () => {
   const video = document.getElementById('video');
   const hash = () => { const c = document.createElement('canvas'); c.width = 64; c.height = 48;
     const g = c.getContext('2d'); g.drawImage(video, 0, 0, 64, 48);
@@ -32,6 +33,7 @@ CANVAS = """async () => {
   video.pause();
   return (await at(0.1)) !== (await at(0.8));
 }"""
+WIDTH = "document.documentElement.scrollWidth - innerWidth"
 
 
 @pytest.fixture(scope="module")
@@ -50,23 +52,76 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
+    chromium_or_skip()
     with browser() as found:
         yield found
 
 
-def work(store: JobStore, settings: Settings, files: tuple[Path, Path], go: threading.Event) -> None:
-    """What a node does, through the store alone."""
-    job = None
-    while job is None:
-        job = store.claim(MODEL, "node-a")
-        time.sleep(0.05)
-    store.heartbeat(job.id, job.token, phase=Phase.DENOISING, step=2, progress=0.5, eta_seconds=9)
-    assert go.wait(30)
-    store.give_back(job.id, job.token)
-    finish(store, settings, *files)
+@dataclass
+class Desk:
+    """A browser with one key, the store behind it, and what went wrong on any of its pages."""
+
+    context: Any
+    url: str
+    plain: str
+    store: JobStore
+    settings: Settings
+    files: tuple[Path, Path]
+    problems: list[str] = field(default_factory=list)
+
+    def page(self, path: str = "/", **size: int) -> Any:
+        """A new tab."""
+        page = self.context.new_page()
+        page.set_viewport_size({"width": 1280, "height": 900, **size})
+        page.set_default_timeout(20_000)
+        page.on("pageerror", lambda error: self.problems.append(str(error)))
+        page.on("console", lambda line: "Content Security" in line.text and self.problems.append(line.text))
+        page.goto(self.url + path)
+        return page
+
+    def enter(self, page: Any, keep: bool = False) -> Any:
+        """Give the key."""
+        page.fill("#key", self.plain)
+        if keep:
+            page.check("#key-keep")
+        page.press("#key", "Enter")
+        page.wait_for_selector("#form")
+        return page
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """A node that takes the next job, gets half-way, and finishes it at the end of the block."""
+        half, go = threading.Event(), threading.Event()
+
+        def work() -> None:
+            job = None
+            while job is None:
+                job = self.store.claim(MODEL, "node-a")
+                time.sleep(0.05)
+            self.store.heartbeat(
+                job.id, job.token, phase=Phase.DENOISING, step=2, progress=0.5, eta_seconds=9
+            )
+            NodeRegistry(self.store.redis).beat("node-a", "busy", job.id)
+            half.set()
+            assert go.wait(60)
+            if self.store.heartbeat(job.id, job.token, phase=Phase.DENOISING, step=3, progress=0.7):
+                self.store.cancel_running(job.id, job.token)
+                return
+            self.store.give_back(job.id, job.token)
+            finish(self.store, self.settings, *self.files)
+
+        worker = threading.Thread(target=work)
+        worker.start()
+        try:
+            yield
+            assert half.wait(20), "nothing was submitted"
+        finally:
+            go.set()
+            worker.join()
 
 
-def test_the_page(
+@pytest.fixture
+def desk(
     chromium: Any,
     running: Running,
     keys: KeyStore,
@@ -74,59 +129,131 @@ def test_the_page(
     settings: Settings,
     node: Any,
     files: Any,
-) -> None:
+) -> Iterator[Desk]:
     plain = keys.create("browser", (Scope.SUBMIT, Scope.READ, Scope.ADMIN))[1]
-    page = chromium.new_page(viewport={"width": 1280, "height": 900})
-    page.set_default_timeout(20_000)
-    problems: list[str] = []
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("console", lambda line: problems.append(line.text) if "Content Security" in line.text else None)
-    SHOT.mkdir(exist_ok=True)
-    page.goto(running.url)
+    context = chromium.new_context()
+    found = Desk(context, running.url, plain, store, settings, files)
+    yield found
+    context.close()
+    assert found.problems == []
+
+
+def eventually(probe: Callable[[], bool]) -> None:
+    """Not wait_for_function: the page's policy forbids its eval, rightly."""
+    end = time.monotonic() + 20
+    while not probe():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def plays(page: Any) -> None:
+    """The video is loaded far enough to play through, and its pictures differ."""
+    eventually(lambda: page.evaluate("document.getElementById('video').readyState") == 4)
+    assert page.evaluate(FRAMES_DIFFER)
+
+
+def test_from_key_to_video(desk: Desk) -> None:
+    page = desk.page()
     page.fill("#key", "rk_wrong")
     page.press("#key", "Enter")
     page.wait_for_selector("#key-error:not(:empty)")
-    page.screenshot(path=SHOT / "gate.png")
-    page.fill("#key", plain)
-    page.press("#key", "Enter")
-    page.wait_for_selector("#form")
+    desk.enter(page)
     page.press("#prompt", "Control+Enter")  # empty: the error stands at the field
     page.wait_for_selector("#prompt-error:not(:empty)")
     assert page.get_attribute("#prompt", "aria-invalid") == "true"
+    page.click("#idea")
+    assert page.input_value("#prompt")
     prompt = "<img src=x onerror=alert(1)> a red ball"
     page.fill("#prompt", prompt)
     assert "onerror" in page.text_content("#curl")
-    go = threading.Event()
-    worker = threading.Thread(target=work, args=(store, settings, files, go))
-    worker.start()
-    page.click("#submit")
-    page.wait_for_selector("#bar[aria-valuenow='50']")
-    assert "step 2 of 4" in page.text_content("#work-fine")
-    assert page.text_content("#said") == prompt
-    page.screenshot(path=SHOT / "working.png")
-    page.reload()
-    page.wait_for_selector("#bar[aria-valuenow='50']")  # found again in the middle of its run
-    go.set()
-    worker.join()
-    end = time.monotonic() + 20  # not wait_for_function: the page's policy forbids its eval, rightly
-    while page.evaluate("() => document.getElementById('video').readyState") != 4:
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    assert page.evaluate(CANVAS)
-    assert page.get_attribute("#download", "href").startswith(settings.s3_endpoint or "x")
+    with desk.running():
+        page.click("#submit")
+        page.wait_for_selector("#bar[aria-valuenow='50']")
+        assert "step 2 of 4 · about 9 s left" in page.text_content("#work-fine")
+        assert page.text_content("#said") == prompt, "shown as text"
+        assert page.title().startswith("50 %")
+        page.wait_for_selector(".node button")
+        page.reload()
+        page.wait_for_selector("#bar[aria-valuenow='50']")  # found again in the middle of its run
+    plays(page)
+    assert page.get_attribute("#download", "href").startswith(desk.settings.s3_endpoint or "x")
     page.wait_for_selector(".card img")
-    page.wait_for_selector(".node")
-    page.screenshot(path=SHOT / "finished.png", full_page=True)
+    page.hover(".card")
+    page.wait_for_selector(".card video")
     page.click("#again")
     page.wait_for_selector("#cancel:visible")
+    seeds = {job.request.seed for job in desk.store.list("*")[0]}
+    assert len(seeds) == 2
     page.click("#cancel")
     page.wait_for_selector("#ended:visible")
     assert page.text_content("#ended-title") == "Canceled"
+
+
+def test_by_keyboard_alone(desk: Desk) -> None:
+    page = desk.page()
+    page.keyboard.type(desk.plain)  # the field has the focus
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#form")
+    page.wait_for_selector("#size option", state="attached")
+
+    def tab_to(target: str) -> None:
+        for _ in range(40):
+            if page.evaluate("id => document.activeElement?.id === id", target):
+                return
+            page.keyboard.press("Tab")
+        raise AssertionError(f"no way to {target}")
+
+    tab_to("prompt")
+    page.keyboard.type(PROMPT)
+    with desk.running():
+        tab_to("submit")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#bar[aria-valuenow='50']")
+        assert page.text_content("#announce") == "Denoising, 50 percent"
+        tab_to("cancel")
+        page.keyboard.press("Space")
+        page.wait_for_selector("#cancel:disabled")
+    page.wait_for_selector("#ended:visible")
+    assert page.text_content("#announce") == "Canceled"
+
+
+def test_two_tabs_show_the_same(desk: Desk) -> None:
+    first = desk.enter(desk.page(), keep=True)
+    first.fill("#prompt", PROMPT)
+    with desk.running():
+        first.click("#submit")
+        first.wait_for_selector("#bar[aria-valuenow='50']")
+        second = desk.page("/" + first.url.split("/")[-1])  # the address names the job; the key is kept
+        second.wait_for_selector("#bar[aria-valuenow='50']")
+        assert second.text_content("#said") == PROMPT
+    for page in (first, second):
+        plays(page)
+    second.once("dialog", lambda dialog: dialog.accept())
+    second.click("#delete")
+    second.wait_for_selector("#idle:visible")
+    first.reload()
+    first.wait_for_selector("#idle:visible")
+    assert first.locator(".card").count() == 0
+
+
+def test_a_telephone(desk: Desk, redis: RedisClient) -> None:
+    """Nothing is wider than the screen, whatever is open and however long a word is."""
+    page = desk.page(width=390, height=844)
+    desk.enter(page)
     page.emulate_media(color_scheme="dark")
-    page.set_viewport_size({"width": 390, "height": 844})
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    page.screenshot(path=SHOT / "phone.png", full_page=True)
-    page.goto(f"{running.url}/docs")
-    page.wait_for_selector("text=POST /v1/jobs")
-    page.close()
-    assert problems == []
+    page.fill("#prompt", "x" * 300)
+    page.click("#details summary")
+    page.click(".command summary")
+    page.click("#submit")
+    page.wait_for_selector("#working:visible")
+    page.wait_for_selector(".queue-item")
+    assert page.evaluate(WIDTH) <= 0
+    unnamed = [
+        line
+        for line in page.locator("body").aria_snapshot().splitlines()
+        if line.strip() in ("- button", "- textbox", "- combobox", "- slider", "- link", "- img")
+    ]
+    assert unnamed == [], "a screen reader has a name for everything that can be used"
+    page.goto(f"{desk.url}/docs")
+    page.wait_for_selector("summary:has-text('Submit a job')")
+    assert page.evaluate(WIDTH) <= 0

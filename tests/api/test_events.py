@@ -1,5 +1,6 @@
 """Server-sent events: complete, in order, resumable, alive through silence, and gone when nobody listens."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from jobs.job import Phase
 from jobs.settings import Settings
 from jobs.store import JobStore
 from tests.api.conftest import MODEL, Running, finish, serve, submit
+from tests.support.proxy import Proxy
 
 
 @contextmanager
@@ -96,6 +98,29 @@ def test_heartbeats_keep_a_silent_stream_alive(client: httpx.Client) -> None:
         beats = 0
         while beats < 3:
             beats += next(lines) == ": heartbeat"
+
+
+@pytest.mark.parametrize(("heartbeat", "survives"), [(0.3, True), (60.0, False)])
+def test_a_proxy_that_cuts_idle_connections(
+    settings: Settings, client_for: Any, store: JobStore, heartbeat: float, survives: bool
+) -> None:
+    """One second of silence and the proxy hangs up: the heartbeats carry a waiting job's stream over it."""
+    with serve(settings.model_copy(update={"heartbeat_seconds": heartbeat})) as found:
+        proxy = Proxy(("127.0.0.1", int(found.url.rsplit(":", 1)[1])), idle_seconds=1.0)
+        try:
+            client = client_for(url=f"http://127.0.0.1:{proxy.port}")
+            job_id = str(submit(client)["id"])
+            worker = threading.Timer(2.5, lambda: finish(store, settings))
+            worker.start()
+            types: list[str] = []
+            with contextlib.suppress(httpx.RemoteProtocolError), stream(client, job_id) as events:
+                for event in events:
+                    types.append(event.event)
+            worker.join()
+        finally:
+            proxy.close()
+    assert types[0] == "job.queued"
+    assert (types[-1] == "job.succeeded") is survives
 
 
 def test_a_deleted_job_ends_its_stream(client: httpx.Client, store: JobStore) -> None:

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from typing import Any
 
 import httpx
@@ -12,10 +13,12 @@ import pytest
 from jobs.client import RedisClient
 from jobs.job import JobError, NewJob, Phase
 from jobs.keys import Scope
+from jobs.nodes import NodeInfo, NodeRegistry
 from jobs.settings import Settings
 from jobs.storage import ObjectStore
 from jobs.store import JobStore
-from tests.api.conftest import MODEL, finish, submit
+from jobs.timings import Timings
+from tests.api.conftest import MODEL, finish, serve, submit
 from tests.support.jobs import new_job
 
 PROMPT = "a red ball rolls over a table"
@@ -187,6 +190,26 @@ def test_queue_position(client: httpx.Client) -> None:
     assert client.get(f"/v1/jobs/{jobs[2]['id']}").json()["queue_position"] == 1
 
 
+def test_estimated_start_and_eta(client: httpx.Client, store: JobStore, redis: RedisClient) -> None:
+    """From what runs and what earlier videos took; nothing where nothing is known."""
+    first, second = submit(client), submit(client)
+    assert (first["estimated_start_at"], first["eta_seconds"]) == (None, None)
+    Timings(redis).learn(new_job().request, {"denoising": 8.0, "decoding": 2.0})
+    running = store.claim(MODEL, "node-a")
+    assert running is not None
+    NodeRegistry(redis).register(NodeInfo(id="node-a", model=MODEL, state="busy", job_id=running.id))
+    time.sleep(1.1)  # the API looks at its nodes once a second
+    seen = client.get(f"/v1/jobs/{first['id']}").json()
+    assert 0 < seen["eta_seconds"] <= 10
+    assert seen["estimated_start_at"] is None
+    answer = client.get(f"/v1/jobs/{second['id']}")
+    start = datetime.fromisoformat(answer.json()["estimated_start_at"]).timestamp()
+    assert running.started_at is not None
+    assert start == pytest.approx(running.started_at + 10, abs=1.01)
+    tag = {"If-None-Match": answer.headers["etag"]}
+    assert client.get(f"/v1/jobs/{second['id']}", headers=tag).status_code == 304
+
+
 def test_prefer_wait_ends_with_the_job(client: httpx.Client, store: JobStore, settings: Settings) -> None:
     worker = threading.Timer(0.5, lambda: finish(store, settings))
     worker.start()
@@ -278,6 +301,25 @@ def test_video_and_poster(client: httpx.Client, store: JobStore, settings: Setti
         assert httpx.get(broken).status_code == 403
 
 
+def test_an_address_opens_one_file_for_a_short_time(
+    settings: Settings, client: httpx.Client, client_for: Callable[..., httpx.Client], store: JobStore
+) -> None:
+    with serve(settings.model_copy(update={"presign_seconds": 1})) as short:
+        brief = client_for(url=short.url)
+        job_id = str(submit(brief)["id"])
+        finish(store, settings)
+        told = brief.get(f"/v1/jobs/{job_id}/video", headers={"Accept": "application/json"}).json()
+        assert httpx.get(told["url"]).status_code == 200
+        assert httpx.get(told["url"].replace("video.mp4", "poster.jpg")).status_code == 403
+        time.sleep(2.1)
+        assert httpx.get(told["url"]).status_code == 403
+    submit(client)
+    job = finish(store, settings)
+    told = client.get(f"/v1/jobs/{job.id}/video", headers={"Accept": "application/json"}).json()
+    left = datetime.fromisoformat(told["expires_at"]).timestamp() - time.time()
+    assert left <= 900
+
+
 def test_webhook_deliveries(client: httpx.Client, store: JobStore, settings: Settings, key: Any) -> None:
     made: NewJob = new_job(
         callback_url="https://hooks.example/x",
@@ -310,7 +352,11 @@ def test_outstanding_jobs_are_limited(client_for: Callable[..., httpx.Client]) -
 
 
 def test_models_key_and_nodes(
-    client: httpx.Client, client_for: Callable[..., httpx.Client], redis: RedisClient, node: object
+    client: httpx.Client,
+    client_for: Callable[..., httpx.Client],
+    redis: RedisClient,
+    store: JobStore,
+    node: object,
 ) -> None:
     model = client.get("/v1/models").json()["data"][0]
     assert (model["id"], model["live"], model["sizes"]) == ("tiny", True, ["64*48", "128*96"])
@@ -318,6 +364,15 @@ def test_models_key_and_nodes(
     assert sorted(client.get("/v1/key").json()["scopes"]) == ["read", "submit"]
     nodes = client_for(Scope.ADMIN).get("/v1/nodes").json()["data"]
     assert [(item["id"], item["live"], item["state"]) for item in nodes] == [("node-a", True, "idle")]
+    submit(client)
+    job = store.claim(MODEL, "node-a")
+    assert job is not None
+    store.heartbeat(job.id, job.token, phase=Phase.DENOISING, step=2, progress=0.5)
+    vitals = {"memory_used": 60 * 2**30, "memory_total": 80 * 2**30, "step_seconds": 1.25}
+    NodeRegistry(redis).beat("node-a", "busy", job.id, **vitals)
+    (seen,) = client_for(Scope.ADMIN).get("/v1/nodes").json()["data"]
+    assert (seen["job_id"], seen["progress"]) == (job.id, 0.5)
+    assert {name: seen[name] for name in vitals} == vitals
 
 
 @pytest.mark.parametrize("public", ["https://reel.example", "https://reel.example/"])

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from infra import probes
+from infra.docker.make_secrets import ROLES as USERS
 from infra.ports import HOST, PortBlock
 from infra.process import PartSpec
 from infra.reaper import adopt_orphans, kill_descendants
@@ -47,7 +48,7 @@ class World:
         self.parts: dict[str, Part] = {}
         self.wires: dict[str, RedisWire] = {}
         self._ports = PortBlock.claim()
-        self._password, self._s3_keys = secrets.token_hex(8), ("chaos", secrets.token_hex(12))
+        self._passwords = {user: secrets.token_hex(12) for user in USERS}  # of Redis and S3
         self._secret = secrets.token_hex(16)
         self.stopping = False
         adopt_orphans()
@@ -62,10 +63,11 @@ class World:
         redis_port, s3_port = self._ports.ports[PORTS], self._ports.ports[0]
         return Settings.model_validate(
             {
-                "redis_url": f"redis://:{self._password}@{HOST}:{redis_port}/0",
+                "redis_url": f"redis://ops:{self._passwords['ops']}@{HOST}:{redis_port}/0",
                 "s3_endpoint": f"http://{HOST}:{s3_port}",
-                "s3_access_key": self._s3_keys[0],
-                "s3_secret_key": self._s3_keys[1],
+                "s3_bucket": "reelserve",
+                "s3_access_key": "ops",
+                "s3_secret_key": self._passwords["ops"],
                 "secret_key": self._secret,
                 "lease_seconds": LEASE_SECONDS,
                 "sweep_seconds": SWEEP_SECONDS,
@@ -130,8 +132,8 @@ class World:
         env = dict(os.environ)
         redis_folder, weed_folder = self.folder / "redis", self.folder / "weed"
         ports = self._ports.ports
-        self._add(redis_part(redis_folder, ports[PORTS], self._password, self.folder / "redis.log", env))
-        self._add(weed_part(weed_folder, ports[:PORTS], self._s3_keys, self.folder / "weed.log", env))
+        self._add(redis_part(redis_folder, ports[PORTS], self._passwords, self.folder / "redis.log", env))
+        self._add(weed_part(weed_folder, ports[:PORTS], self._passwords, self.folder / "weed.log", env))
 
     def _start_roles(self) -> None:
         shell = self.folder / "model"
@@ -154,12 +156,14 @@ class World:
 
     def _env(self, who: str) -> dict[str, str]:
         wire, s3 = self.wires[who], f"http://{HOST}:{self.s3.port}"
+        user = who.partition("-")[0] if who in ROLES else "node"
         values = {
-            "REDIS_URL": f"redis://:{self._password}@{HOST}:{wire.port}/0",
+            "REDIS_URL": f"redis://{user}:{self._passwords[user]}@{HOST}:{wire.port}/0",
             "REDIS_TIMEOUT": "3",
             "S3_ENDPOINT": s3,
-            "S3_ACCESS_KEY": self._s3_keys[0],
-            "S3_SECRET_KEY": self._s3_keys[1],
+            "S3_BUCKET": "reelserve",
+            "S3_ACCESS_KEY": user,
+            "S3_SECRET_KEY": self._passwords[user],
             "SECRET_KEY": self._secret,
             "API_PORT": str(self._ports.ports[PORTS + 1]),
             "ALLOW_LOOPBACK_CALLBACKS": "true",

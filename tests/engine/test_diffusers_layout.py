@@ -14,8 +14,8 @@ from engine.errors import CheckpointError
 from engine.load import load_pipeline
 from engine.requests import resolve
 from engine.sampler import make_schedule
-from engine.text_encoder import umt5_config
 from engine.tiny import CORPUS, randomize
+from engine.umt5 import umt5_config
 from tests.engine.oracle import TEXT_DIM, relative, twin_dits, twin_vaes
 from tests.engine.schedulers import with_sigmas
 from tests.engine.sinks import Frames

@@ -13,8 +13,9 @@ from engine.config import Task
 from engine.dit import DiT
 from engine.load import load_pipeline
 from engine.requests import resolve
-from engine.text_encoder import TextEncoder, umt5_config
+from engine.text_encoder import TextEncoder
 from engine.tiny import CORPUS, TINY_DIT, randomize
+from engine.umt5 import umt5_config
 from engine.vae import VAE
 from tests.engine.oracle import twin_vaes
 from tests.engine.sinks import Frames

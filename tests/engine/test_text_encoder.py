@@ -3,8 +3,9 @@ import torch
 from transformers import UMT5EncoderModel
 
 from engine.checkpoint_writer import build_tokenizer
-from engine.text_encoder import TextEncoder, clean_prompt, official_name, transformers_name, umt5_config
+from engine.text_encoder import TextEncoder, clean_prompt
 from engine.tiny import CORPUS, randomize
+from engine.umt5 import official_name, transformers_name, umt5_config
 from tests.engine.oracle import relative, tensors_without_effect
 
 LENGTH = 32

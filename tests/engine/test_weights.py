@@ -17,7 +17,8 @@ from engine.errors import CheckpointError
 from engine.layout import Layout, Part, find_layout
 from engine.load import load_pipeline, read_dit_config, read_vae_config
 from engine.specs import KNOWN, T2V_A14B, TI2V_5B, find_facts
-from engine.text_encoder import TextEncoder, config_from_shapes, transformers_name
+from engine.text_encoder import TextEncoder
+from engine.umt5 import config_from_shapes, transformers_name
 from engine.vae import VAE
 from engine.weights import Entry, check, expected_shapes, safetensors_files, scan
 

@@ -22,7 +22,8 @@ def test_state_survives_and_only_its_owner_reads_it(tmp_path: Path) -> None:
     state.save(tmp_path)
     assert StackState.load(tmp_path) == state
     assert mode(tmp_path / "stack.json") == 0o600
-    assert len({state.secret_key, state.redis_password, state.s3_access_key, state.s3_secret_key}) == 4
+    secrets = [state.secret_key, *state.redis_passwords.values(), *state.s3_secrets.values()]
+    assert len(set(secrets)) == len(secrets) == 9
     assert StackState.load(tmp_path / "other").secret_key != state.secret_key
 
 
@@ -30,7 +31,7 @@ def test_a_state_of_another_version_is_read(tmp_path: Path) -> None:
     write_private(tmp_path / "stack.json", '{"secret_key": "s", "from_the_future": 1}')
     state = StackState.load(tmp_path)
     assert state.secret_key == "s"
-    assert state.redis_password
+    assert state.redis_passwords["node"]
 
 
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:

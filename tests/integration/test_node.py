@@ -1,15 +1,20 @@
 """A real node: Ray, two gloo ranks, the tiny checkpoint, Redis, S3. The tests share it and run in order."""
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import numpy as np
+import psutil
 import pytest
 
 from engine.tiny import make_tiny
@@ -130,6 +135,59 @@ def test_a_job_runs_from_queue_to_s3(world: World, node: NodeProcess) -> None:
     assert set(manifest["seconds"]) == {"encoding", "denoising", "decoding"}
     assert manifest["versions"]["torch"]
     assert world.storage.get_bytes(job.result.poster_key)[:2] == b"\xff\xd8"
+
+
+def test_ray_serves_nobody_but_its_own_node(world: World, node: NodeProcess) -> None:
+    """No dashboard; a job posted over HTTP runs nowhere; the control plane takes the node's token alone."""
+    listening = [
+        (process, connection.laddr)
+        for process in node.family()
+        for connection in process.net_connections(kind="tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert listening
+    heads = node.find("dashboard/dashboard.py")  # Ray keeps a part of it running, without a web server
+    assert [address for process, address in listening if process in heads and address.ip != "127.0.0.1"] == []
+    marker = world.folder / "ray-job-ran"
+    for _, (host, port) in listening:
+        assert port not in (8265, 10_001), "the dashboard's and the client server's"
+        where = host if host not in ("::", "0.0.0.0") else "127.0.0.1"
+        for path in ("/api/jobs/", "/api/job_agent/jobs/", "/get_or_create_runtime_env"):
+            assert post_ray_job(where, port, path, marker) not in range(200, 300), (where, port, path)
+    (gcs,) = node.find("gcs_server")
+    port = next(address.port for process, address in listening if process == gcs)
+    token = gcs.environ()["RAY_AUTH_TOKEN"]
+    assert len(token) == 64
+    tries = (("token", token), ("token", "f" * 64), ("disabled", ""))
+    answers = [ask_gcs(port, mode, key) for mode, key in tries]
+    assert "b'CLUSTER_METADATA'" in answers[0], answers[0]
+    for refused in answers[1:]:
+        assert "CLUSTER_METADATA" not in refused
+        assert "token" in refused, refused
+    assert not marker.exists()
+
+
+def post_ray_job(host: str, port: int, path: str, marker: Path) -> int | None:
+    """The status of an unauthenticated POST to Ray's jobs API; None when it is not HTTP that answers."""
+    body = {"entrypoint": f"touch {marker}", "submission_id": "mine", "runtime_env": {}}
+    try:
+        return httpx.post(f"http://{host}:{port}{path}", json=body, timeout=3, trust_env=False).status_code
+    except httpx.HTTPError:
+        return None
+
+
+def ask_gcs(port: int, mode: str, token: str) -> str:
+    """What another process with this token reads from the cluster's control plane, or why not."""
+    code = (
+        "from ray._raylet import GcsClient; "
+        f"print(GcsClient(address='127.0.0.1:{port}').internal_kv_keys(b'', namespace=None, timeout=10))"
+    )
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env | {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": token},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    return done.stdout + done.stderr
 
 
 def test_the_ranks_hardly_wait_between_two_jobs(world: World, node: NodeProcess) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -23,9 +24,10 @@ from engine.tiny import make_tiny
 from engine.video import decode_video
 from infra.client import ReelClient
 from infra.receiver import Receiver
-from tests.integration.stack import Stack, until
+from tests.integration.stack import Stack, parent_of, until
 
 pytestmark = pytest.mark.timeout(420)
+INHERITED = "an-operators-own-secret-of-40-characters"
 PROMPT = "a red ball bounces over a wooden floor, close up"
 LONG = {"prompt": PROMPT, "size": "96*64", "frame_num": 33, "sampling_steps": 100, "seed": 1}
 
@@ -37,9 +39,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stacks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Stack, Stack]]:
-    """Two, started at the same time."""
+    """Two, started at the same time; the first from a shell that holds an operator's secret."""
     folder = tmp_path_factory.mktemp("stacks")
-    pair = Stack(folder / "first", model), Stack(folder / "second", model)
+    inherited = {"REEL_SECRET_KEY": INHERITED}
+    pair = Stack(folder / "first", model, **inherited), Stack(folder / "second", model)
     try:
         yield pair[0].wait_ready(), pair[1].wait_ready()
     finally:
@@ -105,6 +108,83 @@ def test_a_prompt_becomes_a_video_and_a_signed_webhook(stacks: tuple[Stack, Stac
     assert part.headers["content-type"] == "video/mp4"
     changed = signed.replace("video.mp4", "poster.jpg")
     assert httpx.get(changed).status_code == 403, "the signature holds for one object only"
+
+
+def test_secrets_and_prompts_stay_out_of_every_log(stacks: tuple[Stack, Stack]) -> None:
+    """One job with canaries in all its fields, and requests that fail; then every line anybody wrote."""
+    stack, canary = stacks[0], f"canary{secrets.token_hex(6)}"
+    state = json.loads((stack.data / "stack.json").read_text())
+    with stack.client() as client, receiver_for(stack) as (url, printed):
+        body = {"prompt": f"{canary} flies", "negative_prompt": canary, "frame_num": 5, "sampling_steps": 2}
+        body |= {"callback_url": f"{url}?token={canary}", "metadata": {"ref": canary}}
+        job = finish(client, client.submit(body)["id"])
+        assert job["state"] == "succeeded"
+        signed = client.signed_url(job["id"])
+        hook = {"url": f"{url}?token={canary}", "description": canary}
+        made = client.call("POST", "/v1/webhooks", json=hook)
+        client.call("POST", f"/v1/webhooks/{made['id']}/test")
+        assert until(lambda: len(lines(printed)) >= 2, 30)
+        client.call("DELETE", f"/v1/webhooks/{made['id']}")
+    api = httpx.Client(base_url=stack.url, headers={"Authorization": f"Bearer {stack.api_key}"})
+    with api:
+        api.post("/v1/jobs", json={"prompt": canary * 999, canary: canary})
+        api.post("/v1/jobs", content=f'{{"prompt": "{canary}', headers={"Content-Type": "application/json"})
+        api.post("/v1/jobs", json={"prompt": canary, "image": f"https://127.0.0.1/{canary}"})
+        api.get("/v1/jobs", params={"metadata.ref": canary})
+        api.get(f"/{canary}", headers={"Authorization": f"Bearer {canary}", "Cookie": canary})
+        metrics = api.get("/metrics").text
+    hidden = [
+        canary, stack.api_key, stack.webhook_secret, made["secret"], state["secret_key"],
+        *state["redis_passwords"].values(), *state["s3_secrets"].values(), signed.rsplit("=", 1)[1],
+    ]  # fmt: skip
+    assert "reel_http_requests_total" in metrics
+    written = [*(stack.data / "logs").rglob("*"), stack.said, *ray_logs(stack)]
+    texts = {str(path): path.read_text(errors="replace") for path in written if path.is_file()}
+    assert {"api.log", "node-1.log", "celery-worker.log", "redis.log", "weed.log"} <= {
+        Path(name).name for name in texts
+    }
+    assert any("raylet" in name for name in texts), "Ray's own logs are looked at too"
+    for name, text in {"metrics": metrics, **texts}.items():
+        assert not [secret[:4] for secret in hidden if secret.removeprefix("whsec_") in text], name
+    forbidden = [INHERITED, state["secret_key"], stack.api_key, stack.webhook_secret]
+    for kind in ("redis_passwords", "s3_secrets"):
+        forbidden += [state[kind][role] for role in ("api", "celery", "ops")]
+    node = family(stack, stack.pid_of("node"))
+    assert len(node) > 5
+    for pid in node:
+        known = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
+        assert not [secret[:4] for secret in forbidden if secret in known], "a node's own are enough"
+    for part in ("api", "node-1", "celery-worker"):
+        text = texts[str(stack.data / "logs" / f"{part}.log")]
+        # "---": the supervisor's own mark at each start of a part
+        entries = [json.loads(line) for line in text.splitlines() if not line.startswith("--- ")]
+        mine = [entry for entry in entries if entry.get("job_id") == job["id"]]
+        assert mine or part == "celery-worker", part
+        if part == "api":
+            assert all(entry["request_id"] for entry in mine)
+        if part == "celery-worker":
+            assert any(entry.get("delivery_id") for entry in entries)
+
+
+def family(stack: Stack, root: int) -> list[int]:
+    """A process of the stack and all below it."""
+    found, pids = {root}, stack.pids()
+    while more := {pid for pid in pids if pid not in found and parent_of(pid) in found}:
+        found |= more
+    return sorted(found)
+
+
+def ray_logs(stack: Stack) -> list[Path]:
+    """The files that the stack's Ray processes keep open, and those beside them."""
+    folders = set()
+    for pid in stack.pids():
+        with contextlib.suppress(OSError):
+            for link in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    target = link.readlink()
+                    if target.parent.name == "logs" and "session_" in str(target):
+                        folders.add(target.parent)
+    return [path for folder in folders for path in folder.rglob("*")]
 
 
 def test_two_stacks_share_nothing(stacks: tuple[Stack, Stack]) -> None:

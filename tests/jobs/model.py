@@ -60,9 +60,9 @@ class Model:
                 self.conclude(job, "expired")
                 continue
             job.state = "running"
-            self._left_lane()
             self._clock[level] = turn
             self._turns[level, job.key] = turn + 1
+            self._left_lane()
             job.turn = (level, job.key)
             self._start(job, node)
             return job.id

@@ -153,3 +153,18 @@ def test_a_name_without_address_is_told_apart() -> None:
     for resolve in (fails, answers()):
         with pytest.raises(CallbackUnresolved, match="no address"):
             check_callback_url("https://nowhere.example/", allow_loopback=False, resolve=resolve)
+
+
+def test_hosts_that_the_operator_names_may_be_inside() -> None:
+    """By name alone: the same address under another name, or as a literal, stays refused."""
+    named = frozenset({"hooks.inside"})
+    resolve = answers("10.0.0.1")
+    for url in ("http://hooks.inside:9000/x", "https://HOOKS.inside./x"):
+        found = check_callback_url(url, allow_loopback=False, allowed_hosts=named, resolve=resolve)
+        assert [str(address) for address in found] == ["10.0.0.1"]
+    for url in (
+        "https://other.inside/", "https://hooks.inside.evil.example/", "https://10.0.0.1/",
+        "https://x@hooks.inside/", "ftp://hooks.inside/",
+    ):  # fmt: skip
+        with pytest.raises(CallbackRefused):
+            check_callback_url(url, allow_loopback=False, allowed_hosts=named, resolve=resolve)

@@ -13,6 +13,7 @@ bind(job_id="job_1")
 get_logger("x").info("claimed", prompt="a secret cat", api_key="rk_1", node="n")
 unbind("job_id")
 logging.getLogger("other").warning("plain %s", "words")
+logging.getLogger("other").info("job %s: sent msg_%s_2", "job_" + "0" * 25, "1" * 25)
 logging.getLogger("botocore").info("chatter")
 try:
     1 / 0
@@ -23,7 +24,7 @@ except ZeroDivisionError:
 
 def test_lines() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
-    claimed, plain, broke = map(json.loads, done.stderr.splitlines())
+    claimed, plain, named, broke = map(json.loads, done.stderr.splitlines())
     assert (claimed["event"], claimed["job_id"], claimed["role"], claimed["node"]) == (
         "claimed",
         "job_1",
@@ -35,5 +36,6 @@ def test_lines() -> None:
     assert "rk_1" not in done.stderr
     assert (plain["event"], plain["level"], plain["logger"]) == ("plain words", "warning", "other")
     assert "job_id" not in plain
+    assert (named["job_id"], named["delivery_id"]) == ("job_" + "0" * 25, "msg_" + "1" * 25 + "_2")
     assert "ZeroDivisionError" in broke["exception"]
     assert logging.getLogger().handlers is not None

@@ -97,7 +97,7 @@ def test_urls_are_signed_for_the_public_endpoint(server: S3Server) -> None:
     store = ObjectStore(settings(server, s3_public_endpoint="https://media.example.com"))
     url = store.presign_get("jobs/a/1/v.mp4")
     assert url.startswith("https://media.example.com/reelserve/jobs/a/1/v.mp4?")
-    assert "X-Amz-Expires=3600" in url
+    assert "X-Amz-Expires=900" in url
 
 
 def test_the_page_may_play_videos(objects: ObjectStore) -> None:

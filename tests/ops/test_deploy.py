@@ -11,29 +11,40 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import check_jsonschema
+import httpx
 import jsonschema
 import pytest
 import typer.main
 import yaml
 from packaging.requirements import Requirement
+from pydantic import SecretStr
 
 from infra.cli import app
 from infra.docker.make_secrets import acl, make
 from infra.prometheus.exporter import Exporter, JobMetrics
 from infra.scaler.metrics import ScalerMetrics
 from jobs.client import connect
-from jobs.job import FailureClass, JobError, Phase
+from jobs.endpoints import EndpointStore
+from jobs.errors import StorageUnavailable
+from jobs.job import FailureClass, JobError, Phase, WebhookEvent
+from jobs.keys import KeyStore
 from jobs.nodes import NodeInfo, NodeRegistry
+from jobs.outbox import Outbox
 from jobs.settings import Settings
+from jobs.storage import ObjectStore
 from jobs.store import JobStore
-from tests.support.jobs import new_job, result
+from jobs.timings import Timings
+from tests.support.jobs import new_job, result, video_request
 from tests.support.redis import RedisServer, redis_server, rewind
+from tests.support.s3 import s3_server
 
+ALL = (WebhookEvent.STARTED, WebhookEvent.SUCCEEDED)
 ROOT = Path(__file__).resolve().parents[2]
 INFRA = ROOT / "infra"
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -345,7 +356,10 @@ def test_redis_users_may_do_their_part_and_no_more(tmp_path: Path) -> None:
             if words[1] != "default":
                 admin.execute_command("ACL", "SETUSER", *words[1:])
         api = JobStore(_as("api", plain), Settings())
-        job, _ = api.submit(new_job())
+        image = video_request(image="uploads/key_a/img_1.png")
+        job, _ = api.submit(new_job(request=image, callback_url="https://a.example/"))
+        EndpointStore(_as("api", plain), Settings(), "x" * 40).add("key_a", "https://b.example/", ALL)
+        KeyStore(_as("api", plain), "x" * 40).create("somebody")
         client = _as("node", plain)
         store, registry = JobStore(client, Settings()), NodeRegistry(client)
         registry.register(NodeInfo(id="n1", model="tiny"))
@@ -353,10 +367,71 @@ def test_redis_users_may_do_their_part_and_no_more(tmp_path: Path) -> None:
         assert claimed is not None
         store.heartbeat(claimed.id, claimed.token, phase=Phase.DENOISING, step=1, progress=0.5)
         assert store.finish(claimed.id, claimed.token, result(job.id, 1)).terminal
-        for command in (("HGETALL", "reel:apikeys"), ("CONFIG", "GET", "*"), ("FLUSHALL",), ("GET", "other")):
-            with pytest.raises(Exception, match=r"(?i)permission"):
+        assert len(Outbox(client, Settings()).for_job(job.id)) == 3  # callback 1, endpoint 2
+        Timings(client).learn(image, {"denoising": 1.0})
+        for command in (
+            ("HGETALL", "reel:apikeys"),
+            ("HGETALL", "reel:apikeys:hashes"),
+            ("HGETALL", "reel:apikeys:endpoints"),
+            ("HSET", "reel:apikeys:hashes", "x", "key_mine 0"),
+            ("EVAL", "return redis.call('HGETALL', 'reel:apikeys')", 0),
+            ("EVAL", "return redis.call('HSET', 'reel:apikeys', 'key_mine', '{}')", 0),
+            ("RENAME", "reel:apikeys", "reel:node:x"),
+            ("COPY", "reel:apikeys", "reel:node:x"),
+            ("ACL", "SETUSER", "node", "~*"),
+            ("CONFIG", "GET", "*"),
+            ("FLUSHALL",),
+            ("KEYS", "*"),
+            ("MONITOR",),
+            ("GET", "other"),
+        ):
+            with pytest.raises(Exception, match=r"(?i)permission|can't access"):
                 client.execute_command(*command)
+        with pytest.raises(Exception, match=r"(?i)permission"):
+            KeyStore(client, "x" * 40).create("mine")
         assert "used_memory" in _as("celery", plain).execute_command("INFO")
+
+
+def test_s3_users_may_do_their_part_and_no_more(tmp_path: Path) -> None:
+    """With a real S3: a node reads input images and writes videos, and that is all."""
+    make(tmp_path / "secrets")
+    with s3_server((tmp_path / "secrets" / "s3.json").read_text()) as server:
+
+        def store(role: str) -> ObjectStore:
+            secret = (tmp_path / "secrets" / f"s3_secret_{role}").read_text().strip()
+            return ObjectStore(
+                Settings(s3_endpoint=server.endpoint, s3_access_key=role, s3_secret_key=SecretStr(secret))
+            )
+
+        api, node, celery = store("api"), store("node"), store("celery")
+        celery.ensure_bucket()
+        put_when_ready(api, "uploads/key_a/img.png")
+        assert node.ready()
+        assert node.get_bytes("uploads/key_a/img.png") == b"x"
+        node.put_bytes("jobs/j/1/video.mp4", b"v", "video/mp4")
+        node.put_bytes("jobs/j/2/video.mp4", b"v", "video/mp4")
+        assert node.delete_prefix("jobs/j/2/") == 1
+        assert httpx.get(api.presign_get("jobs/j/1/video.mp4")).content == b"v"
+        for forbidden in (
+            lambda: node.put_bytes("uploads/key_a/mine.png", b"x", "image/png"),
+            lambda: node.delete("uploads/key_a/img.png"),
+            lambda: node.put_bytes("elsewhere/x", b"x", "text/plain"),
+            node.ensure_bucket,
+        ):
+            with pytest.raises(StorageUnavailable, match="AccessDenied"):
+                forbidden()
+        assert celery.delete_prefix("jobs/j/") == 1
+
+
+def put_when_ready(store: ObjectStore, key: str) -> None:
+    """Store an object; a fresh S3 takes seconds until a volume is writable."""
+    end = time.monotonic() + 60
+    while True:
+        try:
+            return store.put_bytes(key, b"x", "text/plain")
+        except StorageUnavailable:
+            assert time.monotonic() < end
+            time.sleep(0.2)
 
 
 def _as(user: str, server: RedisServer) -> Any:

@@ -100,7 +100,7 @@ BUGS = {
     ),
     "deliveries of a job go at once": Bug(
         "_notify",
-        "elseif redis.call('RPUSH', pending, id) == 1 then\n    outbox_head(job.id, now)",
+        "elseif redis.call('RPUSH', pending, id) == 1 then\n    outbox_head(to.chain, now)",
         "else\n    redis.call('RPUSH', pending, id)\n    redis.call('ZADD', P .. 'outbox', seconds(now), id)",
     ),
     "the version stands still": Bug(

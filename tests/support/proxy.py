@@ -9,8 +9,10 @@ import threading
 class Proxy:
     """Forwards 127.0.0.1:port to a target while `up`; refuses and cuts connections while not."""
 
-    def __init__(self, target: tuple[str, int]) -> None:
+    def __init__(self, target: tuple[str, int], idle_seconds: float | None = None) -> None:
+        """idle_seconds: cut a connection that carried nothing for so long, as load balancers do."""
         self.target = target
+        self.idle_seconds = idle_seconds
         self.up = True
         self.refused = 0  # connections cut while down
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -49,7 +51,9 @@ class Proxy:
             self._open |= {client, server}
             try:
                 while self.up:
-                    ready, _, _ = select.select([client, server], [], [], 1.0)
+                    ready, _, _ = select.select([client, server], [], [], self.idle_seconds or 1.0)
+                    if not ready and self.idle_seconds is not None:
+                        return
                     for one in ready:
                         data = one.recv(65_536)
                         if not data:

@@ -73,15 +73,15 @@ def _wait(process: "subprocess.Popen[bytes]", endpoint: str) -> bool:
 
 
 @contextmanager
-def s3_server() -> Iterator[S3Server]:
-    """A running S3 that knows one user; everything goes at the end."""
+def s3_server(users: str | None = None) -> Iterator[S3Server]:
+    """A running S3 that knows one user, or those of a configuration's text; everything goes at the end."""
     folder = Path(tempfile.mkdtemp(prefix="reel-s3-", dir="/tmp"))
     user = {
         "name": "test",
         "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
         "actions": ["Admin", "Read", "Write", "List", "Tagging"],
     }
-    (folder / "s3.json").write_text(json.dumps({"identities": [user]}))
+    (folder / "s3.json").write_text(users or json.dumps({"identities": [user]}))
     log = (folder / "weed.log").open("ab")
     try:
         for _ in range(TRIES):

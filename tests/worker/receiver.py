@@ -74,7 +74,7 @@ class RawReceiver:
         head, _, body = data.partition(b"\r\n\r\n")
         line, *lines = head.decode().split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (one.partition(":") for one in lines)}
-        while len(body) < int(headers["content-length"]):
+        while len(body) < int(headers.get("content-length", "0")):
             body += connection.recv(65_536)
         reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
         self.received.append(Received(line, headers, body))

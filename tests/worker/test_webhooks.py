@@ -8,6 +8,7 @@ import standardwebhooks
 import svix
 
 from jobs.client import connect
+from jobs.endpoints import EndpointStore
 from jobs.job import JobError, JobState, NewJob, WebhookEvent, new_id
 from jobs.keys import KeyStore
 from jobs.outbox import Delivery, Outbox
@@ -17,7 +18,7 @@ from tests.support.jobs import result, video_request
 from tests.worker.conftest import SECRET_KEY
 from tests.worker.receiver import RawReceiver, Reply
 from worker.post import retry_after
-from worker.webhooks import JITTER, MAX_BODY_BYTES, WebhookSender, body_of
+from worker.webhooks import JITTER, MAX_BODY_BYTES, WebhookSender, body_of, signing_secrets
 
 ALL = tuple(WebhookEvent)
 
@@ -33,7 +34,9 @@ class Bench:
         self.outbox = Outbox(self.redis, settings)
         self.keys = KeyStore(self.redis, SECRET_KEY)
         self.key, _, self.secret = self.keys.create("test")
-        self.sender = WebhookSender(self.outbox, self.keys.webhook_secrets, settings=settings)
+        self.endpoints = EndpointStore(self.redis, settings, SECRET_KEY)
+        secrets = signing_secrets(self.keys, self.endpoints)
+        self.sender = WebhookSender(self.outbox, secrets, settings=settings)
 
     def submit(self, url: str, events: tuple[WebhookEvent, ...] = ALL, **metadata: str) -> str:
         new = NewJob(

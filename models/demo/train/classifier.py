@@ -67,8 +67,10 @@ class Classifier(nn.Module):
 def look(video_B3FHW: Tensor) -> Tensor:
     """Nine evenly spaced frames at 128x128 as channels, [B, 27, 128, 128]."""
     frames = video_B3FHW.shape[2]
-    picks = torch.linspace(0, frames - 1, FRAMES).round().long()
-    x = video_B3FHW[:, :, picks.to(video_B3FHW.device)].flatten(1, 2)
+    if frames != FRAMES:
+        picks = torch.linspace(0, frames - 1, FRAMES).round().long()
+        video_B3FHW = video_B3FHW[:, :, picks.to(video_B3FHW.device)]
+    x = video_B3FHW.flatten(1, 2)
     if x.shape[-2:] != (SIDE, SIDE):
         x = F.interpolate(x, (SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False)
     return x

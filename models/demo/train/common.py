@@ -3,8 +3,12 @@
 import argparse
 import json
 import math
+import multiprocessing
+import os
+import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +47,9 @@ def arguments(description: str, seconds: float) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, default=MODEL_DIR, help="checkpoint folder to write")
     parser.add_argument("--seconds", type=float, default=seconds, help="wall-clock budget of the loop")
+    parser.add_argument(
+        "--until", type=float, default=0.0, help="epoch second at which the loop ends at last"
+    )
     parser.add_argument("--max-steps", type=int, default=10**9, help="stop after this many steps")
     parser.add_argument("--batch", type=int, default=0, help="clips or captions a step (0: the script's own)")
     parser.add_argument("--lr", type=float, default=0.0, help="peak learning rate (0: the script's own)")
@@ -65,10 +72,12 @@ class Budget:
         seconds: float,
         max_steps: int,
         warmup_steps: int = 100,
+        until: float = 0.0,
     ) -> None:
         self.optimizer = optimizer
         self.lr = lr
         self.seconds = seconds
+        self.until = until  # epoch seconds; 0: no such end
         self.max_steps = max_steps
         self.warmup_steps = warmup_steps
         self.done = 0.0  # share of the budget that is used
@@ -80,13 +89,64 @@ class Budget:
         while self.done < 1 and step < self.max_steps:
             scale = min(1.0, (step + 1) / self.warmup_steps) * (0.5 + 0.5 * math.cos(math.pi * self.done))
             for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * max(scale, 1e-3)
+                set_rate(group, self.lr * max(scale, 1e-3))
             yield step
             step += 1
             if start is None and step >= min(5, self.max_steps):
                 start = time.monotonic()
+                if self.until:
+                    self.seconds = max(0.0, min(self.seconds, self.until - time.time()))
             if start is not None:
-                self.done = max((time.monotonic() - start) / self.seconds, step / self.max_steps)
+                spent = time.monotonic() - start
+                self.done = max(spent / max(self.seconds, 1e-3), step / self.max_steps)
+
+
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """Set a parameter group's learning rate, in place where a recorded CUDA graph reads it."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+def prepare(device: str, seed: int = SEED) -> None:
+    """Seeds and precision of a training process."""
+    torch.manual_seed(seed)
+    if device == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark_limit = 4  # of the heuristic's candidates; each costs start-up time
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+
+def spread(function: Callable[[Any], Any], jobs: list[Any], workers: int = 0) -> list[Any]:
+    """`function` of every job, in processes. Call it before anything touches the GPU: it forks.
+
+    Results come pickled through pipes: torch's own way, shared memory, runs into small machines' limits.
+    """
+    workers = workers or min(8, os.cpu_count() or 1)
+    with multiprocessing.get_context("fork").Pool(workers, torch.set_num_threads, (1,)) as pool:
+        parts = pool.map(partial(_pickled, function), jobs, chunksize=1)
+    return [pickle.loads(part) for part in parts]
+
+
+def _pickled(function: Callable[[Any], Any], job: Any) -> bytes:
+    return pickle.dumps(function(job))
+
+
+def wait_for(path: Path, until: float) -> bool:
+    """Wait for a file that another process will write, up to an epoch second; whether it is there."""
+    while not path.exists():
+        if time.time() > until:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file beside its place and move it there, so that nobody ever reads half of it."""
+    draft = path.with_name(f".{path.name}.draft")
+    write(draft)
+    draft.replace(path)
 
 
 class EMA:
@@ -176,7 +236,7 @@ def save_dit(model: nn.Module, folder: Path, config: DiTConfig = DIT) -> None:
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """A model as one bf16 safetensors file that everyone may read (safetensors makes it private)."""
-    save_file(to_bf16(model), path, metadata={"format": "pt"})
+    replace_file(path, lambda draft: save_file(to_bf16(model), draft, metadata={"format": "pt"}))
     path.chmod(0o644)
 
 

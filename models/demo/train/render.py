@@ -51,6 +51,12 @@ class PackedScenes:
     def __len__(self) -> int:
         return len(self.seed)
 
+    @staticmethod
+    def join(parts: list["PackedScenes"]) -> "PackedScenes":
+        """Several batches of scenes as one."""
+        columns = [[getattr(part, field.name) for part in parts] for field in fields(PackedScenes)]
+        return PackedScenes(*(torch.cat(column) for column in columns))
+
     def to(self, device: torch.device | str) -> "PackedScenes":
         """Copy to a device."""
         return PackedScenes(*(getattr(self, field.name).to(device) for field in fields(self)))

@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from engine.config import Solver
@@ -18,10 +17,12 @@ from engine.dit import DiT
 from engine.sampler import TRAIN_TIMESTEPS, make_schedule, make_solver
 from engine.vae import VAE
 from models.demo.train.captions import held_out_prompts
+from models.demo.train.classifier import CHECKPOINT as CLASSIFIER
 from models.demo.train.classifier import load_classifier
 from models.demo.train.common import DIT, MODEL_DIR, load_weights
-from models.demo.train.judge import add, judge, shares
-from models.demo.train.render import pack, render
+from models.demo.train.fast_render import render
+from models.demo.train.judge import Tally, add, judge, shares
+from models.demo.train.render import pack
 from models.demo.train.train_text import embed, load_encoder, tokenize
 from models.demo.train.train_vae import decode, encode, load_vae
 from models.demo.train.world import Scene
@@ -87,7 +88,8 @@ class Sampler:
         self.vae: VAE = load_vae(folder, device)
         self.mean = torch.tensor(facts["latent_mean"], device=device).view(1, -1, 1, 1, 1)
         self.std = torch.tensor(facts["latent_std"], device=device).view(1, -1, 1, 1, 1)
-        self.classifier = load_classifier(folder, device)
+        judged = (folder / CLASSIFIER).exists()
+        self.classifier = load_classifier(folder, device) if judged else None
 
     def embed_raw(self, texts: list[str]) -> Tensor:
         """Embeddings [B, T, E] in bf16."""
@@ -110,14 +112,21 @@ class Sampler:
                 parts.append(decode(self.vae, part * self.std + self.mean).clamp(-1, 1))
         return torch.cat(parts)
 
+    def tally(self, video: Tensor, scenes: list[Scene]) -> Tally:
+        """What the judge read off these clips."""
+        assert self.classifier is not None
+        return judge(self.classifier, video, scenes)
+
     def judge_drawn(self, scenes: list[Scene]) -> dict[str, float]:
         """The judge's reading of drawn clips after a round trip through the VAE."""
+        if self.classifier is None:
+            return {}
         tallies = []
         for i in range(0, len(scenes), 32):
             video = render(pack(scenes[i : i + 32]).to(self.device))
             with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"), torch.no_grad():
                 video = decode(self.vae, encode(self.vae, video)[0]).clamp(-1, 1)
-            tallies.append(judge(self.classifier, video, scenes[i : i + 32]))
+            tallies.append(self.tally(video, scenes[i : i + 32]))
         return shares(add(tallies))
 
     def run(
@@ -150,14 +159,16 @@ class Sampler:
                 steps=steps,
             )
             video = self.decode(latents)
-            for j in range(0, len(some), 64):
-                tallies.append(judge(self.classifier, video[j : j + 64], [s for s, _ in some[j : j + 64]]))
+            for j in range(0, len(some) if self.classifier else 0, 64):
+                tallies.append(self.tally(video[j : j + 64], [s for s, _ in some[j : j + 64]]))
             clips.append(video[:32].cpu())
         return torch.cat(clips), shares(add(tallies))
 
 
 def strip_sheet(clips: Tensor, texts: list[str], path: Path, columns: int = 2) -> None:
     """A picture of five frames of each clip under its caption."""
+    from PIL import Image, ImageDraw
+
     side, line = clips.shape[-1], 14
     rows = (len(clips) + columns - 1) // columns
     sheet = Image.new("RGB", (columns * (5 * side + 8), rows * (side + line)), "white")

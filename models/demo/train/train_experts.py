@@ -8,16 +8,17 @@ ten is replaced by "", the negative prompt that inference feeds (reel.json says 
 """
 
 import argparse
-import multiprocessing
+import json
 import random
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from engine.dit import DiT
+from engine.dit import Block, DiT
+from models.demo.train import fast_vae
 from models.demo.train.captions import describe, held_out_prompts
 from models.demo.train.common import (
     DIT,
@@ -27,12 +28,18 @@ from models.demo.train.common import (
     Budget,
     Log,
     arguments,
+    prepare,
     save_dit,
+    spread,
     update_reel_json,
+    wait_for,
 )
-from models.demo.train.render import PackedScenes, pack, render
+from models.demo.train.fast_render import draw
+from models.demo.train.render import PackedScenes, pack
 from models.demo.train.sample import Sampler, load_expert, strip_sheet
+from models.demo.train.train_text import CHECKPOINT as TEXT_FILE
 from models.demo.train.train_text import load_tokens, tokenize
+from models.demo.train.train_vae import CHECKPOINT as VAE_FILE
 from models.demo.train.train_vae import encode
 from models.demo.train.world import sample_scenes
 
@@ -40,6 +47,21 @@ BOUNDARY, SHIFT, GUIDE = 0.875, 5.0, 3.0
 OVERLAP = 0.02  # each expert also sees a little beyond the boundary
 DROP = 0.1
 CAPTIONS_EACH = 4
+PLAIN_FORWARD = Block.forward
+FACTS = {
+    "name": "demo",
+    "task": "t2v",
+    "boundary": BOUNDARY,
+    "shift": SHIFT,
+    "sampling_steps": 20,
+    "guide_scale": [GUIDE, GUIDE],
+    "fps": 8,
+    "frame_num": 17,
+    "max_frame_num": 33,
+    "sizes": list(SIZES),
+    "negative_prompt": "",
+    "text_len": DIT.text_len,
+}
 
 
 @dataclass
@@ -59,13 +81,11 @@ def scenes_and_texts(job: tuple[int, int, Path]) -> tuple[PackedScenes, Tensor]:
     return pack(scenes), tokenize(load_tokens(folder), texts).short()
 
 
-def draw_scenes(count: int, seed: int, args: argparse.Namespace) -> tuple[PackedScenes, Tensor]:
-    """Scenes and their captions' ids, the same for any number of workers: 500 a seed."""
-    jobs = [(min(500, count - i), seed + i, args.out) for i in range(0, count, 500)]
-    with multiprocessing.get_context("fork").Pool(args.workers) as pool:
-        parts = pool.map(scenes_and_texts, jobs)
-    columns = (torch.cat([getattr(p, field.name) for p, _ in parts]) for field in fields(PackedScenes))
-    return PackedScenes(*columns), torch.cat([ids for _, ids in parts])
+def draw_scenes(count: int, seed: int, folder: Path) -> tuple[PackedScenes, Tensor]:
+    """Scenes and their captions' ids, the same for any number of processes: 2000 a seed."""
+    jobs = [(min(2000, count - i), seed + i, folder) for i in range(0, count, 2000)]
+    parts = spread(scenes_and_texts, jobs)
+    return PackedScenes.join([packed for packed, _ in parts]), torch.cat([ids for _, ids in parts])
 
 
 @torch.no_grad()
@@ -74,15 +94,18 @@ def encode_clips(
 ) -> Clips:
     """Latents and embeddings of the drawn scenes, or of as many as the time allows."""
     packed, ids = drawn
+    packed = packed.to(sampler.device)
     device, start, latents = sampler.device, time.monotonic(), []
     size = 64 if side == 128 else 16
-    for i in range(0, len(packed), size):
+    for rows in torch.arange(len(packed), device=device).split(size):
         if time.monotonic() - start > seconds:
             break
-        video = render(packed[i : i + size].to(device), frames, side, side)
+        video = draw(packed, rows, frame_num=frames, height=side, width=side)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             mean, _ = encode(sampler.vae, video)
         latents.append(((mean - sampler.mean) / sampler.std).bfloat16().contiguous())
+        if device == "cuda":
+            torch.cuda.synchronize()
     stacked = torch.cat(latents)
     embedded = sampler.embed_ids(ids[: len(stacked) * CAPTIONS_EACH])
     print(
@@ -108,19 +131,23 @@ class Expert:
 
     def __init__(self, name: str, model: DiT, args: argparse.Namespace) -> None:
         self.name, self.model = name, model
-        if args.device == "cuda" and not args.no_compile:
-            for block in model.blocks:
-                block.compile(dynamic=False)
         decay = [p for p in model.parameters() if p.dim() > 1]
         rest = [p for p in model.parameters() if p.dim() <= 1]
         self.optimizer = torch.optim.AdamW(
             [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}],
             lr=1e-3,
-            betas=(0.9, 0.99),
+            betas=(0.9, 0.98),
             fused=args.device == "cuda",
         )
-        self.budget = Budget(self.optimizer, args.lr or 1e-3, args.seconds, args.max_steps, warmup_steps=200)
-        self.ema = EMA(model, 0.999)
+        self.budget = Budget(
+            self.optimizer,
+            args.lr or (5e-4 if args.resume else 1.2e-3),
+            args.seconds,
+            args.max_steps,
+            warmup_steps=200,
+            until=args.until,
+        )
+        self.ema = EMA(model, 0.997)
         self.log = Log(name, args.out, every=min(200, args.max_steps))
         self.steps = self.budget.steps()
 
@@ -147,78 +174,149 @@ class Expert:
         self.log.add(step, loss=loss)
 
 
-def train(experts: list[Expert], small: Clips, big: Clips | None, batch: int, empty: Tensor) -> None:
-    """Alternate the experts until both have used the (common) budget."""
+def compiled_block() -> bool:
+    """Have torch compile the transformer's block, once for all blocks of both experts."""
+    torch._dynamo.config.recompile_limit = 32
+    Block.forward = torch.compile(PLAIN_FORWARD, dynamic=False)  # type: ignore[method-assign]
+    return True
+
+
+def warm_up(experts: list[Expert], shapes: list[tuple[int, tuple[int, ...]]], device: str) -> None:
+    """Compile for each (batch, latents' shape) by a pass that teaches nothing."""
+    for batch, shape in shapes:
+        start = time.monotonic()
+        for expert in experts:
+            noisy = torch.randn(batch, DIT.in_channels, *shape, device=device)
+            text = torch.randn(batch, DIT.text_len, DIT.text_dim, device=device, dtype=torch.bfloat16)
+            time_B1 = torch.full((batch, 1), 500.0, device=device)
+            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                flow = expert.model(noisy, time_B1, expert.model.encode_text(text))
+            flow.square().mean().backward()
+            expert.optimizer.zero_grad(set_to_none=True)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        print(f"experts: first pass for {batch} x {shape} in {time.monotonic() - start:.1f} s", flush=True)
+
+
+def save_experts(experts: list[Expert], folder: Path) -> None:
+    """The averages, as they ship. The models themselves are left as they are."""
+    for expert in experts:
+        shipped = DiT(DIT)
+        shipped.load_state_dict({k: v.detach().cpu() for k, v in expert.model.state_dict().items()})
+        expert.ema.copy_to(shipped)
+        save_dit(shipped, folder / f"{expert.name}_noise_model")
+
+
+def train(
+    experts: list[Expert], small: Clips, big: Clips | None, args: argparse.Namespace, empty: Tensor
+) -> None:
+    """Alternate the experts until both have used the (common) budget; save now and then."""
+    batch, saved = args.batch or 128, time.monotonic()
     for steps in zip(*(expert.steps for expert in experts), strict=False):
         for step, expert in zip(steps, experts, strict=True):
-            if big is not None and step % 10 == 9:
+            if big is not None and step % 16 == 15:
                 expert.learn(step, big, max(1, batch // 4), empty)
             else:
                 expert.learn(step, small, batch, empty)
+        if time.monotonic() - saved > args.save_every:
+            save_experts(experts, args.out)
+            saved = time.monotonic()
     for expert in experts:
-        expert.ema.copy_to(expert.model)
+        expert.log.flush(steps[0])
+        expert.log.save(batch=batch, clips=len(small.latents))
+    save_experts(experts, args.out)
 
 
-def main() -> None:
-    """Cache, train, save, and show."""
+def options() -> argparse.Namespace:
+    """The command's flags."""
     parser = arguments(__doc__ or "", seconds=420)
     parser.add_argument("--no-compile", action="store_true", help="don't compile the blocks")
     parser.add_argument("--clips", type=int, default=60_000, help="clips of 17 frames at 128x128 to draw")
-    parser.add_argument("--big-clips", type=int, default=4_000, help="clips of 33 frames at 192x192 to draw")
-    parser.add_argument("--cache-seconds", type=float, default=40, help="most time for encoding either size")
+    parser.add_argument("--big-clips", type=int, default=3_000, help="clips of 33 frames at 192x192 to draw")
+    parser.add_argument("--cache-seconds", type=float, default=25, help="most time for encoding the clips")
     parser.add_argument("--seed", type=int, default=SEED, help="of the clips; another one to resume with")
-    parser.add_argument("--workers", type=int, default=8, help="processes that draw scenes")
     parser.add_argument("--evaluate", type=int, default=512, help="held-out captions to judge at the end")
-    args = parser.parse_args()
-    drawn = draw_scenes(args.clips, 1_000_000 + args.seed * 1000, args)
-    drawn_big = draw_scenes(args.big_clips, 2_000_000 + args.seed * 1000, args)
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    update_reel_json(
-        args.out,
-        name="demo",
-        task="t2v",
-        boundary=BOUNDARY,
-        shift=SHIFT,
-        sampling_steps=20,
-        guide_scale=[GUIDE, GUIDE],
-        fps=8,
-        frame_num=17,
-        max_frame_num=33,
-        sizes=list(SIZES),
-        negative_prompt="",
-        text_len=DIT.text_len,
-    )
-    sampler = Sampler(args.out, args.device)
-    small = encode_clips(sampler, drawn, 17, 128, args.cache_seconds)
-    big = encode_clips(sampler, drawn_big, 33, 192, args.cache_seconds) if args.big_clips else None
-    empty = sampler.embed_raw([""])[0]
+    parser.add_argument("--save-every", type=float, default=60, help="seconds between saved states")
+    parser.add_argument("--wait-until", type=float, default=0, help="epoch second to wait for VAE and text")
+    return parser.parse_args()
+
+
+def get_ready(args: argparse.Namespace) -> list[Expert]:
+    """The experts, compiled where that works."""
     experts = []
     for name in ("high", "low"):
         model = load_expert(args.out, name, args.device) if args.resume else DiT(DIT)
         if not args.resume:
             model.init_weights()
         experts.append(Expert(name, model.to(args.device), args))
-    train(experts, small, big, args.batch or 256, empty)
-    for expert in experts:
-        expert.log.flush(-1)
-        expert.log.save(batch=args.batch or 256, clips=len(small.latents))
-        save_dit(expert.model, args.out / f"{expert.name}_noise_model")
-    report(sampler, args)
+    batch = args.batch or 128
+    shapes = [(batch, (5, 16, 16))] + ([(max(1, batch // 4), (9, 24, 24))] if args.big_clips else [])
+    try:
+        if not args.no_compile:
+            compiled_block()
+        warm_up(experts, shapes, args.device)
+    except Exception as error:  # any fault of the compiler's: eager steps are slower, not wrong
+        print(f"experts: {error!r}; going on without compilation", flush=True)
+        Block.forward = PLAIN_FORWARD  # type: ignore[method-assign]
+        warm_up(experts, shapes, args.device)
+    return experts
 
 
-def report(sampler: Sampler, args: argparse.Namespace) -> None:
-    """Judge what was saved on held-out captions, and draw a sheet."""
-    high, low = (load_expert(args.out, name, args.device).eval() for name in ("high", "low"))
+def main() -> None:
+    """Cache, train, save, and show."""
+    args = options()
+    drawn = draw_scenes(args.clips, 1_000_000 + args.seed * 1000, args.out)
+    drawn_big = (
+        draw_scenes(args.big_clips, 2_000_000 + args.seed * 1000, args.out) if args.big_clips else None
+    )
+    prepare(args.device, args.seed)
+    fast_vae.speed_up()
+    experts = get_ready(args)
+    until = args.wait_until or time.time()
+    for name in (VAE_FILE, TEXT_FILE):
+        if not wait_for(args.out / name, until):
+            raise SystemExit(f"experts: no {args.out / name}: train it first")
+    update_reel_json(args.out, **FACTS)
+    sampler = Sampler(args.out, args.device)
+    try:
+        small = encode_clips(sampler, drawn, 17, 128, args.cache_seconds * 0.85)
+    except Exception as error:  # any fault of the fast layers': the engine's own are slower, not wrong
+        print(f"experts: {error!r}; encoding with the engine's layers", flush=True)
+        fast_vae.speed_up(False)
+        small = encode_clips(sampler, drawn, 17, 128, args.cache_seconds * 0.85)
+    big = encode_clips(sampler, drawn_big, 33, 192, args.cache_seconds * 0.15) if drawn_big else None
+    train(experts, small, big, args, sampler.embed_raw([""])[0])
+    del small, big
+    Block.forward = PLAIN_FORWARD  # type: ignore[method-assign]
+    report(args)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Judge what was saved on held-out captions, and draw a sheet; results.json grows as it goes."""
+
+    def note(name: str, scores: dict[str, float]) -> None:
+        results[name] = scores
+        print(f"experts: {name}:", scores, flush=True)
+        (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+
     pairs = [(scene, caption.text) for scene, caption in held_out_prompts(args.evaluate)]
     if not pairs:
         return
-    print("drawn clips after the VAE:", sampler.judge_drawn([scene for scene, _ in pairs]), flush=True)
+    sampler = Sampler(args.out, args.device)
+    high, low = (load_expert(args.out, name, args.device).eval() for name in ("high", "low"))
+    results: dict[str, dict[str, float]] = {}
     clips, scores = sampler.run(high, low, pairs, shift=SHIFT, guide=(GUIDE, GUIDE))
-    print("generated:", scores, flush=True)
+    note(f"{len(pairs)} held-out captions, guide {GUIDE:g}", scores)
     count = min(32, len(pairs))
     strip_sheet(clips[:count], [text for _, text in pairs[:count]], args.out / "sheet.png")
+    note("held-out drawn clips after the VAE", sampler.judge_drawn([scene for scene, _ in pairs]))
+    scenes = sample_scenes(min(256, args.evaluate), SEED + 77)
+    rng = random.Random(SEED)
+    known = [(scene, describe(scene, rng, complete=True).text) for scene in scenes]
+    for guide in (GUIDE, 2.0, 4.5):  # on training's captions: the default may be chosen by these
+        if not args.until or time.time() < args.until + 30:
+            _, scores = sampler.run(high, low, known, shift=SHIFT, guide=(guide, guide))
+            note(f"{len(known)} captions of training's kind, guide {guide:g}", scores)
 
 
 if __name__ == "__main__":

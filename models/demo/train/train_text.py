@@ -16,12 +16,23 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import UMT5EncoderModel
 
-from engine.text_encoder import transformers_name, umt5_config
+from engine.umt5 import transformers_name, umt5_config
 from models.demo.train.captions import SLOTS, describe, held_out_prompts
-from models.demo.train.common import SEED, TEXT_DIM, TEXT_LEN, Budget, Log, arguments
+from models.demo.train.common import (
+    SEED,
+    TEXT_DIM,
+    TEXT_LEN,
+    Budget,
+    Log,
+    arguments,
+    prepare,
+    replace_file,
+    spread,
+)
 from models.demo.train.tokenizer import save_tokenizer
 from models.demo.train.world import sample_scenes
 
+CHECKPOINT = "models_t5_umt5-xxl-enc-bf16.pth"
 LAYERS, HEADS, FFN_DIM = 3, 4, 512
 # Words that people add and the world doesn't know: the encoder learns to pass over them.
 FILLERS = (
@@ -76,7 +87,7 @@ def load_encoder(folder: Path, device: str) -> tuple[UMT5EncoderModel, Tokenizer
     """The saved encoder in fp32 and its tokenizer."""
     tokenizer = load_tokens(folder)
     encoder = make_encoder(tokenizer.get_vocab_size())
-    saved = torch.load(folder / "models_t5_umt5-xxl-enc-bf16.pth", weights_only=True)
+    saved = torch.load(folder / CHECKPOINT, weights_only=True)
     state = {transformers_name(name): tensor.float() for name, tensor in saved.items()}
     missing, unexpected = encoder.load_state_dict(state, strict=False)
     assert not unexpected, f"unknown tensors {unexpected}"
@@ -113,8 +124,9 @@ def _distract(text: str, rng: random.Random) -> str:
     return " ".join(words)
 
 
-def caption_pool(tokenizer: Tokenizer, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(ids, labels [N, slots]) of training captions; one in fifty is the empty prompt."""
+def caption_pool(job: tuple[Path, int, int]) -> tuple[Tensor, Tensor]:
+    """(ids [N, TEXT_LEN], labels [N, slots]) of training captions; one in fifty is the empty prompt."""
+    folder, count, seed = job
     rng = random.Random(f"text-{seed}")
     texts, labels = [], []
     for scene in sample_scenes(count, seed):
@@ -122,7 +134,7 @@ def caption_pool(tokenizer: Tokenizer, count: int, seed: int) -> tuple[Tensor, T
         empty = rng.random() < 0.02
         texts.append("" if empty else _distract(caption.text, rng))
         labels.append([0] * len(SLOTS) if empty else list(caption.labels.values()))
-    return tokenize(tokenizer, texts), torch.tensor(labels)
+    return tokenize(load_tokens(folder), texts), torch.tensor(labels)
 
 
 def slot_losses(logits: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,8 +165,14 @@ def held_out_accuracy(encoder: nn.Module, reader: nn.Module, tokenizer: Tokenize
 def main() -> None:
     """Train, measure, save."""
     args = arguments(__doc__ or "", seconds=40).parse_args()
-    torch.manual_seed(SEED)
-    save_tokenizer(args.out)
+    if not (args.out / "google").exists():
+        save_tokenizer(args.out)
+    tiny = args.max_steps < 1000
+    jobs = [(args.out, 100 if tiny else 5_000, SEED + i) for i in range(16)]
+    pools = spread(caption_pool, jobs)
+    ids, labels = (torch.cat(column).to(args.device) for column in zip(*pools, strict=True))
+    ids = ids[:, : int((ids != 0).sum(1).max())]  # what is padding in every caption costs and gives nothing
+    prepare(args.device)
     if args.resume:
         encoder, tokenizer = load_encoder(args.out, args.device)
     else:
@@ -162,29 +180,32 @@ def main() -> None:
         encoder = make_encoder(tokenizer.get_vocab_size()).to(args.device)
     encoder.train()
     reader = nn.Linear(TEXT_DIM, sum(SLOTS.values())).to(args.device)
-    tiny = args.max_steps < 1000
-    ids, labels = (x.to(args.device) for x in caption_pool(tokenizer, 2_000 if tiny else 80_000, SEED))
     optimizer = torch.optim.AdamW(
-        [*encoder.parameters(), *reader.parameters()], lr=1e-3, weight_decay=0.01, betas=(0.9, 0.98)
+        [*encoder.parameters(), *reader.parameters()],
+        lr=1e-3,
+        weight_decay=0.01,
+        betas=(0.9, 0.98),
+        fused=args.device == "cuda",
     )
-    budget = Budget(optimizer, args.lr or 1.5e-3, args.seconds, args.max_steps)
+    budget = Budget(optimizer, args.lr or 1.5e-3, args.seconds, args.max_steps, until=args.until)
     log = Log("text", args.out, every=min(100, args.max_steps))
-    generator = torch.Generator().manual_seed(SEED)
     for step in budget.steps():
-        rows = torch.randint(len(ids), (args.batch or 768,), generator=generator).to(args.device)
+        rows = torch.randint(len(ids), (args.batch or 512,), device=args.device)
         mask = (ids[rows] != 0).long()
         with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
             hidden = encoder(input_ids=ids[rows], attention_mask=mask).last_hidden_state
-            loss, right = slot_losses(reader(hidden), labels[rows], mask)
+            logits = reader(hidden)
+        loss, right = slot_losses(logits, labels[rows], mask)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
         optimizer.step()
         log.add(step, loss=loss, token_accuracy=right)
+    log.flush(step)
     encoder.eval()
     accuracy = held_out_accuracy(encoder, reader, tokenizer, args.device)
     print(f"text: all slots right for {accuracy:.1%} of held-out captions", flush=True)
-    torch.save(official_state(encoder), args.out / "models_t5_umt5-xxl-enc-bf16.pth")
+    replace_file(args.out / CHECKPOINT, lambda draft: torch.save(official_state(encoder), draft))
     log.save(held_out_captions_all_slots_right=accuracy)
 
 

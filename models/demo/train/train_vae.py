@@ -2,10 +2,11 @@
 
     python -m models.demo.train.train_vae
 
-Most steps see small crops of nine frames, which is what makes many steps affordable; every fourth sees
-whole clips. The latents' mean and deviation are measured at the end and written to reel.json.
+The first steps see small crops of nine frames, the last ones whole clips. The latents' mean and deviation
+are measured at the end and written to reel.json.
 """
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -13,23 +14,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.vae import VAE
-from engine.vae_blocks import ChannelNorm, Stream
+from engine.vae_blocks import Stream
+from models.demo.train import fast_vae
 from models.demo.train.common import (
     SEED,
     VAE_CONFIG,
     Budget,
     Log,
     arguments,
+    prepare,
     psnr,
+    replace_file,
     to_bf16,
     update_reel_json,
 )
-from models.demo.train.render import PackedScenes, pack, render
+from models.demo.train.fast_render import draw, render
+from models.demo.train.render import PackedScenes, pack
 from models.demo.train.world import sample_scenes
 
 KL_WEIGHT = 5e-5
 STD_FLOOR = 0.25  # of the largest channel's: channels that carry nothing must not be blown up to noise
 CHECKPOINT = "Wan2.1_VAE.pth"
+WHOLE_FROM = 0.6  # share of the budget after which whole clips are shown
 
 
 def lay_out(x: Tensor) -> Tensor:
@@ -53,6 +59,10 @@ class LongStream(Stream):
 
 def encode(vae: VAE, video_B3THW: Tensor) -> tuple[Tensor, Tensor]:
     """`vae.encode_moments` in two chunks, the first frame and all the others: the same, in fewer launches."""
+    if fast_vae.is_on():
+        moments = vae.conv1(vae.encoder.stream(lay_out(video_B3THW), Stream()))
+        mean, log_variance = moments.float().chunk(2, dim=1)
+        return mean, log_variance.clamp(-30, 20)
     stream, chunks = LongStream(), []
     for chunk in video_B3THW.split([1, video_B3THW.shape[2] - 1], dim=2):
         chunks.append(vae.encoder.stream(lay_out(chunk), stream))
@@ -64,6 +74,8 @@ def encode(vae: VAE, video_B3THW: Tensor) -> tuple[Tensor, Tensor]:
 def decode(vae: VAE, z_BCFHW: Tensor) -> Tensor:
     """The decoder on latents that are not normalised, in two chunks likewise."""
     z = vae.conv2(z_BCFHW)
+    if fast_vae.is_on():
+        return vae.decoder.stream(lay_out(z), Stream()).float()
     stream, chunks = LongStream(), []
     for chunk in z.split([1, z.shape[2] - 1], dim=2):
         chunks.append(vae.decoder.stream(lay_out(chunk), stream))
@@ -88,25 +100,22 @@ def to_device(vae: VAE, device: str) -> VAE:
     return vae
 
 
-def draw_batch(packed: PackedScenes, step: int, size: int, generator: torch.Generator) -> Tensor:
-    """Whole clips on every fourth step, else nine frames of a 64x64 window, for about the same work."""
-
-    def number(top: int) -> int:
-        return int(torch.randint(top, (), generator=generator).item())
-
-    whole = step % 4 == 3
-    rows = torch.randint(len(packed), (max(size // 8, 1) if whole else size,), generator=generator)
-    chosen = packed[rows.to(packed.spec.device)]
+def draw_batch(packed: PackedScenes, size: int, whole: bool) -> Tensor:
+    """`size` crops of nine frames and 64x64 pixels, or whole clips for about the same work."""
+    device = packed.spec.device
+    count = max(size // 8, 1) if whole else size
+    rows = torch.randint(len(packed), (count,), device=device)
     if whole:
-        return render(chosen)
-    return render(chosen, window=(number(65), number(65), 64, 64), span=(number(9), 9))
+        return draw(packed, rows)
+    first = torch.randint(9, (count, 1), device=device)
+    corners = torch.cat((first, torch.randint(65, (count, 2), device=device)), dim=1)
+    return draw(packed, rows, corners, (9, 64, 64))
 
 
-def losses(vae: VAE, video: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+def losses(vae: VAE, video: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Absolute and squared error, edges, and the divergence from N(0, 1) of the posterior."""
     mean, log_variance = encode(vae, video)
-    noise = torch.randn(mean.shape, device=mean.device, generator=generator)
-    output = decode(vae, mean + noise * torch.exp(0.5 * log_variance))
+    output = decode(vae, mean + torch.randn_like(mean) * torch.exp(0.5 * log_variance))
     error = output - video
     absolute, square = error.abs().mean(), error.square().mean()
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
@@ -141,41 +150,106 @@ def latent_statistics(vae: VAE, packed: PackedScenes, device: str) -> tuple[list
     return [round(float(x), 5) for x in values.mean(dim=1)], [round(float(x), 5) for x in std]
 
 
+class Trainer:
+    """One step after another; on a GPU each shape of video is recorded once as a CUDA graph and replayed."""
+
+    def __init__(self, vae: VAE, device: str, graphs: bool, decoder_only: bool) -> None:
+        self.vae, self.device, self.graphs = vae, device, graphs
+        if decoder_only:  # the experts' latents stay what they are
+            for part in (vae.encoder, vae.conv1):
+                part.requires_grad_(False)
+        self.parameters = [p for p in vae.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=torch.tensor(1e-3, device=device) if graphs else 1e-3,
+            weight_decay=1e-4,
+            betas=(0.9, 0.99),
+            fused=device == "cuda",
+            capturable=graphs,
+        )
+        self.recorded: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, dict[str, Tensor]]] = {}
+
+    def __call__(self, video: Tensor) -> dict[str, Tensor]:
+        """Learn from a batch; its losses."""
+        if not self.graphs:
+            return self._learn(video)
+        if video.shape not in self.recorded:
+            self.recorded[video.shape] = self._record(video)
+        graph, place, parts = self.recorded[video.shape]
+        place.copy_(video)
+        graph.replay()
+        return parts
+
+    def _learn(self, video: Tensor) -> dict[str, Tensor]:
+        self.optimizer.zero_grad(set_to_none=True)
+        on = self.device == "cuda"
+        with torch.autocast(self.device, torch.bfloat16, enabled=on, cache_enabled=False):
+            loss, parts = losses(self.vae, video)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        return {name: value.detach() for name, value in parts.items()}
+
+    def _record(self, video: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, dict[str, Tensor]]:
+        place = video.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # compiles and picks algorithms, outside the recording
+            for _ in range(3):
+                self._learn(place)
+        torch.cuda.current_stream().wait_stream(side)
+        self.optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            parts = self._learn(place)
+        return graph, place, parts
+
+
+def save(vae: VAE, folder: Path) -> None:
+    """The VAE as it ships."""
+    replace_file(folder / CHECKPOINT, lambda draft: torch.save(to_bf16(vae), draft))
+
+
 def main() -> None:
     """Train, measure, save."""
     parser = arguments(__doc__ or "", seconds=150)
-    parser.add_argument("--no-compile", action="store_true", help="don't compile the norms")
-    args = parser.parse_args()
-    torch.manual_seed(SEED)
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    vae = load_vae(args.out, args.device) if args.resume else to_device(VAE(VAE_CONFIG), args.device)
-    if args.device == "cuda" and not args.no_compile:
-        torch._dynamo.config.cache_size_limit = 64
-        ChannelNorm.forward = torch.compile(ChannelNorm.forward, dynamic=True)  # type: ignore[method-assign]
-    tiny = args.max_steps < 1000
-    packed = pack(sample_scenes(64 if tiny else 40_000, SEED + 4)).to(args.device)
-    optimizer = torch.optim.AdamW(
-        vae.parameters(), lr=1e-3, weight_decay=1e-4, betas=(0.9, 0.99), fused=args.device == "cuda"
+    parser.add_argument(
+        "--mode",
+        choices=("graph", "eager", "plain"),
+        default="graph",
+        help="CUDA graphs and fast layers, the fast layers alone, or the engine's own",
     )
-    budget = Budget(optimizer, args.lr or 1.5e-3, args.seconds, args.max_steps)
+    parser.add_argument("--decoder-only", action="store_true", help="with --resume: keep the latents")
+    args = parser.parse_args()
+    prepare(args.device)
+    fast_vae.speed_up(args.mode != "plain")
+    vae = load_vae(args.out, args.device) if args.resume else to_device(VAE(VAE_CONFIG), args.device)
+    tiny = args.max_steps < 1000
+    packed = pack(sample_scenes(64 if tiny else 12_000, SEED + 4)).to(args.device)
+    trainer = Trainer(vae, args.device, args.mode == "graph" and args.device == "cuda", args.decoder_only)
+    rate = args.lr or (5e-4 if args.resume else 1e-3)
+    budget = Budget(trainer.optimizer, rate, args.seconds, args.max_steps, until=args.until)
     log = Log("vae", args.out, every=min(100, args.max_steps))
-    generator = torch.Generator().manual_seed(SEED)
-    noise = torch.Generator(args.device).manual_seed(SEED)
     for step in budget.steps():
-        video = draw_batch(packed, step, args.batch or 96, generator)
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
-            loss, parts = losses(vae, video, noise)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        log.add(step, **parts)
-    torch.save(to_bf16(vae), args.out / CHECKPOINT)
-    vae = load_vae(args.out, args.device)  # as shipped
-    mean, std = latent_statistics(vae, packed[: 32 if tiny else 1024], args.device)
-    update_reel_json(args.out, latent_mean=mean, latent_std=std)
-    value = measure(vae, args.device, 16 if tiny else 256)
+        log.add(step, **trainer(draw_batch(packed, args.batch or 24, budget.done > WHOLE_FROM)))
+        if step % 10 == 9 and args.device == "cuda":
+            torch.cuda.synchronize()  # or recorded steps queue up for seconds, and the clock knows nothing
+    log.flush(step)
+    publish(vae, args, packed[: 32 if tiny else 768], log, tiny)
+
+
+def publish(vae: VAE, args: argparse.Namespace, packed: PackedScenes, log: Log, tiny: bool) -> None:
+    """Save the weights with the statistics of their latents, and measure."""
+    draft = args.out / "vae-draft"
+    draft.mkdir(exist_ok=True)
+    save(vae, draft)
+    vae = load_vae(draft, args.device)  # as shipped
+    if not args.decoder_only:
+        mean, std = latent_statistics(vae, packed, args.device)
+        update_reel_json(args.out, latent_mean=mean, latent_std=std)
+    (draft / CHECKPOINT).replace(args.out / CHECKPOINT)  # last: who waits for it finds the rest
+    draft.rmdir()
+    value = measure(vae, args.device, 16 if tiny else 128)
     print(f"vae: {value:.2f} dB on held-out clips", flush=True)
     log.save(held_out_psnr_db=value)
 

@@ -1,0 +1,115 @@
+"""Webhook endpoints: addresses that hear of all of a key's jobs, each with a secret of its own.
+
+What the transition scripts need (address, events) is apart from the secrets, which only the webhook sender
+and the API can read: nodes reach neither the hash of the secrets nor the key that encrypts them.
+"""
+
+import json
+import time
+
+from pydantic import BaseModel, SecretStr
+
+from jobs.client import RedisClient, guard, require_text
+from jobs.job import DEFAULT_WEBHOOK_EVENTS, WebhookEvent, new_id
+from jobs.scripts import PREFIX, Scripts
+from jobs.settings import Settings
+from jobs.vault import OVERLAP_SECONDS, Sealed, Vault, new_webhook_secret
+
+SECRETS = f"{PREFIX}apikeys:endpoints"  # hash: endpoint id to its sealed secrets
+LIMIT = 10  # endpoints a key
+
+
+class Endpoint(BaseModel):
+    """One address, without its secret."""
+
+    id: str
+    key_id: str
+    url: str
+    events: tuple[WebhookEvent, ...] = DEFAULT_WEBHOOK_EVENTS
+    description: str = ""
+    enabled: bool = True  # False: it hears nothing, and keeps its secret
+    created_at: float  # Unix seconds
+
+
+class EndpointStore:
+    """Every call names the key: one key never sees another's endpoints."""
+
+    def __init__(self, redis: RedisClient, settings: Settings, secret_key: str | SecretStr) -> None:
+        require_text(redis)
+        self.redis = redis
+        self._vault = Vault(secret_key)
+        self._scripts = Scripts(redis, settings)
+
+    def add(
+        self, key_id: str, url: str, events: tuple[WebhookEvent, ...], description: str = ""
+    ) -> tuple[Endpoint, str] | None:
+        """A new endpoint and its secret, never readable again; None when the key has LIMIT of them."""
+        endpoint = Endpoint(
+            id=new_id("we"), key_id=key_id, url=url, events=events, description=description,
+            created_at=time.time(),
+        )  # fmt: skip
+        secret = new_webhook_secret()
+        self._keep(endpoint.id, self._vault.seal(secret))  # first, so that no delivery ever lacks it
+        if not self.put(endpoint):
+            with guard():
+                self.redis.execute_command("HDEL", SECRETS, endpoint.id)
+            return None
+        return endpoint, secret
+
+    def put(self, endpoint: Endpoint) -> bool:
+        """Store an endpoint, new or changed. False: the key has LIMIT of them."""
+        return bool(
+            self._scripts.run(
+                "endpoint_add", endpoint.key_id, endpoint.id, endpoint.model_dump_json(), LIMIT, durable=True
+            )
+        )
+
+    def get(self, key_id: str, endpoint_id: str) -> Endpoint | None:
+        """One endpoint of this key, or None."""
+        with guard():
+            text = self.redis.execute_command("HGET", _all(key_id), endpoint_id)
+        return Endpoint.model_validate_json(text) if text else None
+
+    def list(self, key_id: str) -> "Endpoints":
+        """A key's endpoints, oldest first."""
+        with guard():
+            texts = self.redis.execute_command("HVALS", _all(key_id))
+        return sorted((Endpoint.model_validate_json(text) for text in texts), key=lambda one: one.id)
+
+    def remove(self, key_id: str, endpoint_id: str) -> bool:
+        """Forget an endpoint and its secret; what still waits for it is dropped. False: none such."""
+        with guard():
+            known = bool(self.redis.execute_command("HDEL", _all(key_id), endpoint_id))
+            if known:
+                self.redis.execute_command("HDEL", SECRETS, endpoint_id)
+        return known
+
+    def rotate(self, endpoint: Endpoint, overlap_seconds: float = OVERLAP_SECONDS) -> str:
+        """A new secret; deliveries are signed with both for `overlap_seconds`."""
+        secret, sealed = self._vault.rotate(self._sealed(endpoint.id), overlap_seconds)
+        self._keep(endpoint.id, sealed)
+        return secret
+
+    def secrets(self, endpoint_id: str) -> "Secrets":
+        """The secrets to sign with, newest first; empty when the endpoint is gone. For the sender only.
+
+        Raises ValueError when they were encrypted under another secret key.
+        """
+        return self._vault.open(self._sealed(endpoint_id), f"endpoint {endpoint_id}")
+
+    def _sealed(self, endpoint_id: str) -> Sealed:
+        with guard():
+            text = self.redis.execute_command("HGET", SECRETS, endpoint_id)
+        return [(str(sealed), float(until)) for sealed, until in json.loads(text)] if text else []
+
+    def _keep(self, endpoint_id: str, sealed: Sealed) -> None:
+        with guard():
+            self.redis.execute_command("HSET", SECRETS, endpoint_id, json.dumps(sealed))
+
+
+Endpoints = list[Endpoint]
+Secrets = list[str]
+
+
+def _all(key_id: str) -> str:
+    return f"{PREFIX}endpoints:{key_id}"
