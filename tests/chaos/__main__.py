@@ -11,6 +11,7 @@ from typing import Any
 from infra.models import DEMO_MODEL, has_checkpoint
 from tests.chaos.run import LONG_PAUSES, Plan, chaos, say
 
+JOBS_AN_HOUR, FAULTS_AN_HOUR = 10_000, 500  # of the long version, at least
 # Ends as soon as every kind has fired three times, so that a fast machine needs no five minutes.
 SHORT: dict[str, Any] = {
     "seconds": 100.0, "limit": 220.0, "settle": 30.0, "total": 280.0, "floor": 3, "enough": 3
@@ -45,6 +46,8 @@ def main() -> int:
             settle=180.0,
             total=seconds * 1.05 + 600.0,
             floor=10,
+            least_jobs=round(JOBS_AN_HOUR * args.minutes / 60),
+            least_faults=round(FAULTS_AN_HOUR * args.minutes / 60),
             nodes=args.nodes,
             rate=args.rate,
             pauses=LONG_PAUSES,

@@ -26,13 +26,18 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Rules:
-    """What the run was set to. floor: least number of each fault kind. s3: objects were looked at."""
+    """What the run was set to. floor: least number of each fault kind. s3: objects were looked at.
+
+    least_jobs, least_faults: fewer, and the run proves too little.
+    """
 
     lease: float
     sweep: float
     max_attempts: int
     floor: int = 0
     kinds: tuple[str, ...] = ()
+    least_jobs: int = 0
+    least_faults: int = 0
     s3: bool = True
     slack: float = 15.0  # seconds on top of lease + sweep: two busy cores, and claimers that were killed
 
@@ -206,17 +211,21 @@ class Checker:
         self.report.figures["next attempt after a kill, s"] = spread(self._recoveries())
 
     def _recoveries(self) -> list[float]:
-        """From each kill or freeze that hit a known attempt to the job's next start."""
+        """From each kill or freeze that took a job from its owner to the job's next start."""
         took = []
         for record in self.history:
             if record["k"] != "fault" or not record.get("token") or record["fault"] == "drain":
                 continue
             later = [
-                c["t"] - record["t"]
+                c["t"]
                 for c in self.calls.get(record["job"], [])
                 if c["s"] == "claim" and c["token"] > record["token"] and c["t"] > record["t"]
             ]
-            took += [min(later)] if later else []
+            events = self.jobs.get(record["job"], {"events": []})["events"]
+            ends = [e["ms"] / 1000 for e in events if e["type"].removeprefix("job.") in TERMINAL]
+            # An end in between: what started later is an operator's replay.
+            if later and not any(record["t"] < end < min(later) for end in ends):
+                took.append(min(later) - record["t"])
         return took
 
     # 4. and 6. Attempts are capped, and a job given back keeps its count
@@ -415,6 +424,12 @@ class Checker:
                 self.report.violations.append(
                     f"the run: {kind!r} fired {counts[kind]} times of {self.rules.floor}"
                 )
+        for what, number, least in (
+            ("jobs", self.report.figures["accepted"], self.rules.least_jobs),
+            ("faults", counts.total(), self.rules.least_faults),
+        ):
+            if number < least:
+                self.report.violations.append(f"the run: {number} {what} of {least}")
         self.report.faults = counts
 
     def _took_effect(self, fault: Record) -> bool:
@@ -432,9 +447,9 @@ class Checker:
 
 
 GLOBAL = re.compile(
-    r"reel:(queues|deadlines|retention|dead|garbage|outbox|outbox:dead|nodes|models|apikeys|apikeys:hashes|uploads"
-    r"|uploads:users|(lane|lanes|rising|vtime|waiting|running|leases|wake|claim|idem|gone|node|drain|list|rate)[:].*"
-    r"|celery:.*|login.*)$"
+    r"reel:(queues|deadlines|retention|dead|garbage|outbox|outbox:dead|nodes|models|uploads|uploads:users"
+    r"|apikeys|apikeys:hashes|apikeys:endpoints|celery:.*|login.*"
+    r"|(lane|lanes|rising|vtime|waiting|running|leases|timings|wake|claim|idem|gone|node|drain|list|rate):.*)$"
 )
 OF_JOB = re.compile(r"reel:(?:job|body|events|deliveries|pending):(job_\w+)$|reel:delivery:msg_(\w+)_\d+$")
 

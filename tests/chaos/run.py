@@ -49,6 +49,7 @@ class Plan:
     """seconds: of load and faults. limit: seconds until which the floor of each kind may still be reached.
 
     total: wall seconds of the whole run, which shorten `limit` where the start took long.
+    floor, least_jobs, least_faults: see Rules.
     """
 
     seed: int
@@ -57,6 +58,8 @@ class Plan:
     settle: float
     total: float
     floor: int
+    least_jobs: int = 0
+    least_faults: int = 0
     enough: int = 0  # a kind that fired so often rests; 0: none does
     nodes: int = 4
     rate: float = 6.0  # jobs a second, at most
@@ -86,7 +89,10 @@ async def chaos(plan: Plan, folder: Path, model: Path | None) -> Report:
         history.close()
         world.close()
     (folder / "final.json").write_text(json.dumps(final))
-    rules = Rules(LEASE_SECONDS, SWEEP_SECONDS, MAX_ATTEMPTS, plan.floor, tuple(faults.kinds))
+    rules = Rules(
+        LEASE_SECONDS, SWEEP_SECONDS, MAX_ATTEMPTS, plan.floor, tuple(faults.kinds),
+        least_jobs=plan.least_jobs, least_faults=plan.least_faults,
+    )  # fmt: skip
     report = Checker(read_history(folder / "history.jsonl"), final, rules).run()
     (folder / "report.json").write_text(json.dumps(_plain(report), indent=2))
     say(f"checked after {time.monotonic() - began:.0f} s")

@@ -28,6 +28,7 @@ class S3Wire:
         self.up = True
         self.on_put: asyncio.Event = asyncio.Event()  # set at each upload, for kills at that edge
         self.port = 0
+        self._serving: set[asyncio.Task[None] | None] = set()  # asyncio itself drops them with their client
 
     async def start(self) -> None:
         """Listen on a port of loopback."""
@@ -35,6 +36,8 @@ class S3Wire:
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        self._serving.add(task)
         try:
             if self.up:
                 await self._handle(reader, writer)
@@ -45,6 +48,7 @@ class S3Wire:
                 if writer.can_write_eof():
                     writer.write_eof()
             writer.close()
+            self._serving.discard(task)
 
     async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")

@@ -197,5 +197,7 @@ def test_a_run_that_proves_too_little_fails(clean: tuple[History, Final]) -> Non
     history = [*clean[0], {"k": "fault", "t": 0, "fault": "kill redis"}]
     report = check(history, clean[1], floor=2, kinds=("kill redis",))
     assert report.violations == ["the run: 'kill redis' fired 1 times of 2"]
+    few = check(clean[0], clean[1], least_jobs=JOBS + 1, least_faults=1)
+    assert few.violations == [f"the run: {JOBS} jobs of {JOBS + 1}", "the run: 0 faults of 1"]
     quiet = [record for record in clean[0] if record.get("r") != "lost"]
     assert any("no stale write" in violation for violation in check(quiet, clean[1], floor=1).violations)
