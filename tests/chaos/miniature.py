@@ -12,7 +12,7 @@ from jobs.errors import IllegalTransition, LeaseLost
 from jobs.job import FailureClass, Job, JobError, NewJob, WebhookEvent
 from jobs.outbox import Outbox
 from jobs.store import JobStore
-from tests.chaos.check import Rules
+from tests.chaos.checks.case import Rules
 from tests.chaos.redis_wire import Call
 from tests.chaos.snapshot import snapshot
 from tests.support.jobs import new_job, result

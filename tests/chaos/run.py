@@ -13,7 +13,8 @@ import redis
 
 from engine.video import decode_video
 from jobs.storage import ObjectStore
-from tests.chaos.check import Checker, Report, Rules
+from tests.chaos.check import check
+from tests.chaos.checks.case import Report, Rules
 from tests.chaos.engine import frames_of
 from tests.chaos.faults import Faults
 from tests.chaos.history import History, read_history
@@ -93,7 +94,7 @@ async def chaos(plan: Plan, folder: Path, model: Path | None) -> Report:
         LEASE_SECONDS, SWEEP_SECONDS, MAX_ATTEMPTS, plan.floor, tuple(faults.kinds),
         least_jobs=plan.least_jobs, least_faults=plan.least_faults,
     )  # fmt: skip
-    report = Checker(read_history(folder / "history.jsonl"), final, rules).run()
+    report = check(read_history(folder / "history.jsonl"), final, rules)
     (folder / "report.json").write_text(json.dumps(_plain(report), indent=2))
     say(f"checked after {time.monotonic() - began:.0f} s")
     return report
@@ -137,10 +138,10 @@ async def _settle(world: World, seconds: float) -> None:
     client = redis.Redis.from_url(world.settings().redis_url, decode_responses=True)
     while time.monotonic() < end:
         waiting = sum(row.waiting + row.running for row in world.store.queue_stats())
-        outbox = int(client.zcard("reel:outbox"))  # type: ignore[arg-type]
+        outbox = int(client.zcard("reel:outbox"))
         if not waiting and not replayed:
             replayed = True
-            for job_id in client.zrange("reel:dead", 0, 4):  # type: ignore[union-attr]
+            for job_id in client.zrange("reel:dead", 0, 4):
                 world.store.replay(str(job_id))
         elif not waiting and not outbox:
             return

@@ -11,7 +11,8 @@ from jobs.client import connect
 from jobs.scripts import Scripts
 from jobs.settings import Settings
 from jobs.store import JobStore
-from tests.chaos.check import Checker, Report
+from tests.chaos.check import check as check_all
+from tests.chaos.checks.case import Report
 from tests.chaos.miniature import RULES, Miniature
 from tests.conftest import SEED
 from tests.support.planted import harvest, plant
@@ -42,7 +43,7 @@ def tour(server: RedisServer) -> tuple[History, Final]:
 
 
 def check(history: History, final: Final, **changes: Any) -> Report:
-    return Checker(history, final, dataclasses.replace(RULES, **changes)).run()
+    return check_all(history, final, dataclasses.replace(RULES, **changes))
 
 
 @pytest.fixture(scope="module")
