@@ -115,12 +115,13 @@ async def _storm(plan: Plan, limit: float, world: World, history: History) -> tu
             break
         if plan.long_outage and not outage and passed > plan.seconds / 2:
             outage = True
-            await faults.redis_away(plan.long_outage)
+            await faults.roles.redis_away(plan.long_outage)
         if passed - told > 60:
             told = passed
             say(f"{passed:.0f} s: {len(load.accepted)} jobs accepted, {sum(history.counts.values())} faults")
         await asyncio.sleep(0.2)
-    faults.stopped = load.stopped = True
+    faults.stop()
+    load.stopped = True
     await asyncio.wait({breaking}, timeout=10)
     breaking.cancel()
     await asyncio.gather(breaking, return_exceptions=True)
