@@ -5,10 +5,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import redis as redis_py
 
 from jobs.client import connect
-from jobs.errors import StoreUnavailable
+from jobs.errors import LeaseLost, StoreUnavailable
 from jobs.settings import Settings
 from jobs.store import JobStore
 from tests.support.jobs import new_job, result
@@ -85,3 +86,29 @@ def test_a_failover_has_everything_that_was_accepted(tmp_path: Path) -> None:
         assert [one for one in accepted if plain.get(one).state != "queued"] == []
         promoted.close()
         store.redis.close()
+
+
+def test_an_owner_whose_claim_was_lost_with_the_primary_loses() -> None:
+    """The claim never reached the replica, where the job is claimed anew: only the later owner may write."""
+    with redis_server() as primary, redis_server() as replica:
+        old, new = (
+            JobStore(connect(settings), settings)
+            for settings in (Settings(redis_url=server.url) for server in (primary, replica))
+        )
+        new.redis.execute_command("REPLICAOF", "127.0.0.1", open_port(old.redis))
+        job, _ = old.submit(new_job())
+        end = time.monotonic() + 15
+        while not new.redis.execute_command("EXISTS", f"reel:job:{job.id}"):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        new.redis.execute_command("REPLICAOF", "NO", "ONE")
+        stale, current = old.claim("tiny", "node-a"), new.claim("tiny", "node-b")
+        assert stale is not None
+        assert current is not None
+        with pytest.raises(LeaseLost):
+            new.heartbeat(job.id, stale.token, phase="denoising", step=1, progress=0.5)
+        with pytest.raises(LeaseLost):
+            new.finish(job.id, stale.token, result(job.id, stale.token))
+        new.finish(job.id, current.token, result(job.id, current.token))
+        old.redis.close()
+        new.redis.close()

@@ -13,13 +13,13 @@ def lost_leases_are_noticed(case: Case) -> None:
     ]
     for job_id, job in case.jobs.items():
         renewals = [c for c in case.calls[job_id] if c["s"] in ("claim", "heartbeat") and c["r"] == "ok"]
-        starts = 0
+        began = 0.0
         for event in job["events"]:
-            starts += event["type"] == "job.started"
+            at = event["ms"] / 1000
+            began = at if event["type"] == "job.started" else began
             if event.get("why") != "lost":
                 continue
-            at = event["ms"] / 1000
-            own = [c["t0"] for c in renewals if c["t0"] <= at and c["token"] == starts]
+            own = [c["t0"] for c in renewals if began <= c["t"] and c["t0"] <= at]
             last = max(own, default=None)
             if last is None:
                 continue  # the claim's own reply was lost
