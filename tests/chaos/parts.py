@@ -90,7 +90,8 @@ class Part:
         for process in self.family():
             with contextlib.suppress(psutil.Error):
                 words = process.cmdline()
-                name = Path(words[0]).name.removeprefix("ray::").strip() if words else ""
+                # A busy actor's title is ray::RankActor.generate
+                name = Path(words[0]).name.removeprefix("ray::").strip().split(".")[0] if words else ""
                 if name in titles or any(title in words[:3] for title in titles):
                     found.append(process)
         return found

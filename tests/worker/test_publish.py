@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jobs.errors import StoreUnavailable
 from jobs.job import Job, JobState
 from jobs.settings import Settings
 from jobs.storage import ObjectStore
@@ -96,6 +97,29 @@ def test_a_stale_owner_commits_nothing_and_removes_its_objects(bench: Bench) -> 
     assert (now.state, now.owner) == (JobState.RUNNING, "node-b")
     assert now.token > job.token
     assert bench.keys(job) == []
+
+
+@pytest.mark.parametrize("stop", ["lease", "drain"])
+def test_a_commit_whose_reply_was_lost_keeps_its_files(bench: Bench, stop: str) -> None:
+    """Redis has the result and nobody was told: the job is over, so every other call says "lost"."""
+    job = bench.claimed()
+    real = bench.store.finish
+
+    def unheard(*args: object) -> Job:
+        real(*args)  # type: ignore[arg-type]
+        if stop == "drain":
+            bench.drain.ask(0)
+        raise StoreUnavailable("the reply was lost")
+
+    bench.store.finish = unheard  # type: ignore[method-assign]
+    bench.publisher.take(bench.made(job))
+    bench.publisher.wait()
+    done = bench.store.get(job.id)
+    assert done.state is JobState.SUCCEEDED
+    assert done.result is not None
+    assert done.result.video_key in bench.keys(job)
+    assert len(bench.keys(job)) == 3
+    assert not (bench.spool.root / job.id).exists()
 
 
 def test_a_late_cancel_wins_while_nothing_is_committed(bench: Bench) -> None:

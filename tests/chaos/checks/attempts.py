@@ -36,8 +36,8 @@ def attempts(case: Case) -> None:
 def _failed_rightly(case: Case, job_id: str, job: Record, charges: Counter[str], dead: bool) -> None:
     kind = (job["error"] or {}).get("failure_class")
     if kind == "user":
-        if job["attempts"] != 1 or dead:
-            case.wrong(4, f"{job_id}: a user's error after {job['attempts']} attempts, dead letter: {dead}")
+        if charges["user"] != 1 or dead:
+            case.wrong(4, f"{job_id}: {charges['user']} attempts after a user's error, dead letter: {dead}")
     elif not dead:
         case.wrong(4, f"{job_id} failed ({kind}) and is not in the dead letter")
     elif kind != "out_of_memory" and job["attempts"] != case.rules.max_attempts:

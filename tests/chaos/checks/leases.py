@@ -2,6 +2,8 @@
 
 from tests.chaos.checks.case import TERMINAL, Case, spread
 
+CLOCK = 0.002  # seconds: events' times are whole milliseconds
+
 
 def lost_leases_are_noticed(case: Case) -> None:
     """From the last accepted renewal to the requeue; and never before the lease is over."""
@@ -13,13 +15,16 @@ def lost_leases_are_noticed(case: Case) -> None:
     ]
     for job_id, job in case.jobs.items():
         renewals = [c for c in case.calls[job_id] if c["s"] in ("claim", "heartbeat") and c["r"] == "ok"]
+        claims = [c for c in renewals if c["s"] == "claim"]
         began = 0.0
         for event in job["events"]:
             at = event["ms"] / 1000
             began = at if event["type"] == "job.started" else began
             if event.get("why") != "lost":
                 continue
-            own = [c["t0"] for c in renewals if began <= c["t"] and c["t0"] <= at]
+            # The claim behind this start names the token; its own reply may have been lost.
+            token = next((c["token"] for c in claims if c["t0"] - CLOCK <= began <= c["t"] + CLOCK), None)
+            own = [c["t0"] for c in renewals if c["t0"] <= at and c["token"] == token]
             last = max(own, default=None)
             if last is None:
                 continue  # the claim's own reply was lost
