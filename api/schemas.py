@@ -51,6 +51,9 @@ class ResultOut(BaseModel):
     seconds: dict[str, float] = Field(
         description="Wall seconds of each phase.", examples=[{"encoding": 0.4, "denoising": 50.2}]
     )
+    gpu_seconds: float | None = Field(
+        None, description="GPUs times the seconds that the video held them.", examples=[416.0]
+    )
 
 
 class Links(BaseModel):
@@ -143,6 +146,7 @@ class ModelOut(BaseModel):
     max_frame_num: int = Field(examples=[121])
     max_sampling_steps: int = Field(examples=[100])
     sample_solvers: list[SampleSolver] = Field(examples=[["unipc", "dpm++"]])
+    loras: list[str] = Field(description="Names that `loras` may give.", examples=[["four-step-high"]])
     defaults: dict[str, Any] = Field(
         description="The value of each field that a request leaves out.",
         examples=[{"size": "1280*720", "frame_num": 81, "sampling_steps": 40, "guide_scale": [3.0, 4.0]}],

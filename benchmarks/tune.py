@@ -93,6 +93,7 @@ def fastest(op: str, key: str, entries: list[dict[str, Any]], call: Call) -> dic
 def norm_calls(rows: int = 9450) -> Iterable[tuple[str, str, list[dict[str, Any]], Call]]:
     """(op, key, entries, call) of the memory-bound kernels of the transformer."""
     from kernels.norm_modulate import triton as norm
+    from kernels.qk_norm_rope import SendLayout
     from kernels.qk_norm_rope import triton as qk
 
     for dim, heads in DIMS.items():
@@ -109,7 +110,9 @@ def norm_calls(rows: int = 9450) -> Iterable[tuple[str, str, list[dict[str, Any]
         entries = [{"rows": r, "warps": w} for r, w in QK_SETTINGS]
         yield (
             "qk_norm_rope", f"{dim}", entries,
-            lambda qkv=qkv, w=weight, rope=rope, h=heads: qk.qk_norm_rope(qkv, w, w, rope, h, 8, 1e-6)[0],
+            lambda qkv=qkv, w=weight, rope=rope, layout=SendLayout.of(heads, 8): (
+                qk.qk_norm_rope(qkv, w, w, rope, layout, 1e-6)[0]
+            ),
         )  # fmt: skip
         yield "rms_norm", f"{dim}", entries, lambda y=y, w=weight: qk.rms_norm(y, w, 1e-6)
 

@@ -3,6 +3,7 @@
 Shapes: C channels, F H W latent frames, rows and columns.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 from engine.config import GenerationRequest, ModelSpec
 from engine.images import Size, best_size, cover_and_crop, open_image, resize_bicubic, size_by_area
 from engine.vae import VAE
+from engine.vae_blocks import Space, WholeFrame
+
+SpaceOf = Callable[[int, int], Space]
 
 
 @dataclass(frozen=True)
@@ -45,17 +49,22 @@ def output_size(request: GenerationRequest, spec: ModelSpec) -> Size:
     return _size_for(open_image(request.image).size, request, spec)
 
 
-def make_conditioning(request: GenerationRequest, spec: ModelSpec, vae: VAE) -> Conditioning:
-    """The conditioning of a request; without an image, its size alone."""
+def make_conditioning(
+    request: GenerationRequest, spec: ModelSpec, vae: VAE, space: SpaceOf = lambda rows, columns: WholeFrame()
+) -> Conditioning:
+    """The conditioning of a request; without an image, its size alone.
+
+    `space` tells how the ranks share a frame of so many rows and columns of latents.
+    """
     if request.image is None:
         return Conditioning(request.size)
     image = open_image(request.image)
     size = _size_for(image.size, request, spec)
     if spec.task == "i2v":
         return Conditioning(
-            size, channels=_image_channels(resize_bicubic(image, size), request.frame_num, vae)
+            size, channels=_image_channels(resize_bicubic(image, size), request.frame_num, vae, space)
         )
-    return Conditioning(size, first_latent=_encode(cover_and_crop(image, size)[:, None], vae))
+    return Conditioning(size, first_latent=_encode(cover_and_crop(image, size)[:, None], vae, space))
 
 
 def _size_for(image: Size, request: GenerationRequest, spec: ModelSpec) -> Size:
@@ -66,17 +75,18 @@ def _size_for(image: Size, request: GenerationRequest, spec: ModelSpec) -> Size:
     return best_size(image, area, stride * patch)
 
 
-def _image_channels(image_3HW: Tensor, frame_num: int, vae: VAE) -> Tensor:
+def _image_channels(image_3HW: Tensor, frame_num: int, vae: VAE, space: SpaceOf) -> Tensor:
     """[4 + C, F, H, W]: a mask that is 1 on the first latent frame, then the latents of the image followed
     by empty (mid-grey) frames."""
     rest = image_3HW.new_zeros(3, frame_num - 1, *image_3HW.shape[1:])
-    latents_CFHW = _encode(torch.cat((image_3HW[:, None], rest), dim=1), vae)
+    latents_CFHW = _encode(torch.cat((image_3HW[:, None], rest), dim=1), vae, space)
     mask_4FHW = torch.zeros_like(latents_CFHW[:1]).repeat(vae.config.stride[0], 1, 1, 1)
     mask_4FHW[:, 0] = 1
     return torch.cat((mask_4FHW, latents_CFHW))
 
 
-def _encode(video_3THW: Tensor, vae: VAE) -> Tensor:
+def _encode(video_3THW: Tensor, vae: VAE, space: SpaceOf) -> Tensor:
     """Latents [C, F, H, W] fp32 on the VAE's device."""
     weight = next(vae.parameters())
-    return vae.encode(video_3THW[None].to(weight.device, weight.dtype))[0].float()
+    rows, columns = (size // vae.config.stride[1] for size in video_3THW.shape[2:])
+    return vae.encode(video_3THW[None].to(weight.device, weight.dtype), space(rows, columns))[0].float()

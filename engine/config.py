@@ -9,6 +9,7 @@ import numpy as np
 
 Task = Literal["t2v", "i2v", "ti2v"]
 Solver = Literal["unipc", "dpm++"]
+Expert = Literal["both", "high", "low"]  # of a model with one expert, that is the high one
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,16 @@ class ModelSpec:
     max_frame_num: int
     sizes: tuple[tuple[int, int], ...]  # (width, height) in pixels
     negative_prompt: str
+    loras: tuple[str, ...] = ()  # names of what the LoRA folder held when the model was loaded
+
+
+@dataclass(frozen=True)
+class LoraUse:
+    """A LoRA of the model's LoRA folder, at a strength, for one expert or both."""
+
+    name: str  # of the file, without its suffix
+    strength: float = 1.0
+    expert: Expert = "both"
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,7 @@ class GenerationRequest:
     negative_prompt: str = ""  # "" means the model's own
     image: Path | None = None
     noise_device: str = "cpu"  # a seed means the same video everywhere only on the CPU
+    loras: tuple[LoraUse, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ dtype of their weights. Facts: the official `wan/modules/model.py` (Wan-Video/Wa
 """
 
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +35,11 @@ FP32_SUFFIXES = (".modulation", ".norm_q.weight", ".norm_k.weight", ".norm3.weig
 def stays_fp32(name: str) -> bool:
     """Whether the named tensor of a DiT checkpoint keeps fp32 whatever dtype the model runs in."""
     return name.startswith(FP32_PREFIXES) or name.endswith(FP32_SUFFIXES)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """What must stay fp32 while training runs under autocast; the meta device knows no autocast."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
@@ -159,8 +167,21 @@ class Head(nn.Module):
         return linear(self.head, ops.modulated_norm(x_BLD, shift_BSD, scale_BSD, split, self.eps))
 
 
+class Keeper(Protocol):
+    """Brings the blocks' weights to the device where they don't all stay there; see `engine.offload`."""
+
+    def visit(self, expert: "DiT", *, forward: bool) -> Iterator[Block]:
+        """The expert's blocks in order, each usable until the next is asked for.
+
+        `forward` tells a pass over the video from one over the text alone.
+        """
+        ...
+
+
 class DiT(nn.Module):
     """One expert: predicts the flow (noise minus video) of latents at a timestep, given text."""
+
+    keeper: Keeper | None = None  # None: every block is on the device
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -198,12 +219,13 @@ class DiT(nn.Module):
         x_BLD = self.embed_patches(sequence.shard(self.patchify(latents_BCFHW), 1))
         time_BSD, e_BS6D = self.embed_time(timesteps_BS)
         if fused.applies(self._blocks()[0].self_attn.o.weight):
-            stream = fused.run_blocks(self._blocks(), x_BLD, e_BS6D, split, rope, text, sequence, length)
+            blocks = self.visit_blocks(forward=True)
+            stream = fused.run_blocks(blocks, x_BLD, e_BS6D, split, rope, text, sequence, length)
             patches_BLP = fused.head(self.head, stream, time_BSD, split)
         else:
-            for block, text_kv in zip(self.blocks, text, strict=True):
+            for block, text_kv in zip(self.visit_blocks(forward=True), text, strict=True):
                 x_BLD = block(x_BLD, e_BS6D, split, rope, text_kv, sequence, length)
-            with torch.autocast(x_BLD.device.type, enabled=False):
+            with without_autocast(x_BLD):
                 patches_BLP = self.head(x_BLD, time_BSD, split)
         return self.unpatchify(sequence.gather(patches_BLP, 1, length), grid)
 
@@ -211,11 +233,11 @@ class DiT(nn.Module):
         """Every block's keys and values of text embeddings [B, T, E] (zeros past the prompt's end)."""
         hidden = F.gelu(linear(self.text_embedding[0], text_BTE), approximate="tanh")
         text_BTD = linear(self.text_embedding[2], hidden)
-        return [block.cross_attn.keys_values(text_BTD) for block in self._blocks()]
+        return [block.cross_attn.keys_values(text_BTD) for block in self.visit_blocks(forward=False)]
 
     def embed_time(self, timesteps_BS: Tensor) -> tuple[Tensor, Tensor]:
         """(time embedding [B, S, D], its projection to six vectors [B, S, 6, D]), fp32."""
-        with torch.autocast(timesteps_BS.device.type, enabled=False):
+        with without_autocast(timesteps_BS):
             wave = sinusoid(timesteps_BS, self.config.freq_dim)
             time_BSD = linear(self.time_embedding[2], F.silu(linear(self.time_embedding[0], wave)))
             e_BSD6 = linear(self.time_projection[1], F.silu(time_BSD))
@@ -224,7 +246,7 @@ class DiT(nn.Module):
     def embed_patches(self, patches_BLP: Tensor) -> Tensor:
         """The patch convolution as a matrix product over patches, fp32: [B, L, D]."""
         weight_DP = self.patch_embedding.weight.flatten(1)
-        with torch.autocast(patches_BLP.device.type, enabled=False):
+        with without_autocast(patches_BLP):
             return F.linear(patches_BLP.to(weight_DP.dtype), weight_DP, self.patch_embedding.bias).float()
 
     def token_grid(self, latents_BCFHW: Tensor) -> tuple[int, int, int]:
@@ -260,6 +282,10 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
+
+    def visit_blocks(self, *, forward: bool) -> Iterable[Block]:
+        """The blocks in order, each on the device while it is used; a list where they all are."""
+        return self._blocks() if self.keeper is None else self.keeper.visit(self, forward=forward)
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]

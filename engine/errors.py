@@ -21,5 +21,9 @@ class OutOfMemory(EngineError):
     """The device ran out of memory in the middle of a request; the engine is ready for the next one."""
 
 
+class RankLost(EngineError):
+    """Another rank died or hangs: this group of ranks is of no more use and must be made anew."""
+
+
 class VideoError(EngineError):
     """ffmpeg could not write or read a video; carries its own words."""

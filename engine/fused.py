@@ -5,11 +5,12 @@ branch of a block stays pending until the next block or the head); q, k and v in
 and the all-to-all's layout in one pass; GELU in its product's epilogue. Nothing else differs: every value
 is rounded to the weights' dtype where the plain path rounds it.
 
-Shapes: B batch, L tokens here, D model width, S timestep sets, R ranks of the sequence, G heads of a rank,
-K head dimension.
+Shapes: B batch, L tokens here, D model width, S timestep sets, k features of some heads; M rows and N columns
+of a product.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Generator, Iterable
+from typing import TYPE_CHECKING, Final
 
 import torch
 import torch.nn.functional as F
@@ -17,27 +18,35 @@ from torch import Tensor, nn
 
 from kernels import gemm
 from kernels.norm_modulate import Norm, add_normalize, normalize
-from kernels.qk_norm_rope import qk_norm_rope, rms_norm
+from kernels.qk_norm_rope import norm_rope, qk_norm_rope, rms_norm
 
 if TYPE_CHECKING:
-    from engine.attention import Sequence
+    from engine.attention import QKV, AttentionRun, Sequence
     from engine.dit import Block, CrossAttention, Head, SelfAttention, TextKV
 
+DONE: Final = object()
+SEND_ORDER: "tuple[QKV, ...]" = ("v", "q", "k")
 HALF = (torch.bfloat16, torch.float16)
 
 
 def applies(weight: Tensor) -> bool:
-    """Whether blocks with such weights run fused: half precision on CUDA, and no gradients wanted."""
-    return weight.is_cuda and weight.dtype in HALF and not torch.is_grad_enabled()
+    """Whether blocks with such weights run fused: half precision on CUDA, and no gradients wanted.
+
+    So do those without memory (the meta device), by which `engine.memory` plans a GPU's.
+    """
+    return (weight.is_cuda or weight.is_meta) and weight.dtype in HALF and not torch.is_grad_enabled()
 
 
 def packed_qkv(attention: "SelfAttention") -> tuple[Tensor, Tensor]:
     """One weight [3 D, D] and bias [3 D] for q, k and v. The three layers' own become views of them.
 
     So no memory is spent twice, checkpoints keep their names, and an update in place reaches both. Weights
-    that were replaced since (moved, loaded anew) are packed again.
+    that were replaced since (moved, loaded anew) are packed again. Weights that are `gathered` for this
+    one use (sharded over ranks) are joined each time instead.
     """
     layers = (attention.q, attention.k, attention.v)
+    if getattr(attention, "gathered", False):
+        return torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
     packed: tuple[Tensor, Tensor] | None = getattr(attention, "packed", None)
     if packed is None or any(
         layer.weight.data_ptr() != part.data_ptr()
@@ -61,14 +70,64 @@ def _product(layer: nn.Module, x_BLD: Tensor) -> Tensor:
 
 
 def self_attention(
-    layer: "SelfAttention", y_BLD: Tensor, rope: tuple[Tensor, Tensor], sequence: "Sequence", length: int
-) -> Tensor:
-    """Output projection of attention over the whole sequence, [B, L, D]."""
-    qkv_BLD = gemm.linear(y_BLD, *packed_qkv(layer))
-    q_RBLGK, k_RBLGK, v_RBLGK = qk_norm_rope(
-        qkv_BLD, layer.norm_q.weight, layer.norm_k.weight, rope, layer.heads, sequence.ranks, layer.norm_q.eps
-    )
-    return _product(layer.o, sequence.attend_by_rank(q_RBLGK, k_RBLGK, v_RBLGK, length))
+    layer: "SelfAttention",
+    y_BLD: Tensor,
+    rope: tuple[Tensor, Tensor],
+    sequence: "Sequence",
+    length: int,
+    lane: int = 0,
+) -> Generator[None, None, Tensor]:
+    """Output projection of attention over the whole sequence, [B, L, D].
+
+    A generator that stops twice where data is on its way, so that another pass may compute meanwhile.
+    """
+    batch, tokens, dim = y_BLD.shape
+    run = sequence.begin((batch, tokens, layer.heads, dim // layer.heads), y_BLD, lane)
+    project(layer, y_BLD, rope, run, sequence.overlap.split_qkv)
+    yield
+    run.attend(length)
+    yield
+    return output_projection(layer.o, run)
+
+
+def project(
+    layer: "SelfAttention", y_BLD: Tensor, rope: tuple[Tensor, Tensor], run: "AttentionRun", split: bool
+) -> None:
+    """q, k and v, each sent as soon as it is there: in one product, or with `split` one after another.
+
+    The norms need whole rows of q and k, so v, which has none, goes first.
+    """
+    norms = {"q": layer.norm_q, "k": layer.norm_k}
+    if not split:
+        qkv_BLD = gemm.linear(y_BLD, *packed_qkv(layer))
+        weights = layer.norm_q.weight, layer.norm_k.weight
+        q, k, v = qk_norm_rope(qkv_BLD, *weights, rope, run.layout, layer.norm_q.eps)
+        for name, x in zip(SEND_ORDER, (v, q, k), strict=True):
+            run.send(name, x)
+        return
+    if not getattr(layer, "gathered", False):
+        packed_qkv(layer)  # the layers' weights stay views of the packed ones
+    for name in SEND_ORDER:
+        x_BLD = _product(getattr(layer, name), y_BLD)
+        norm = norms.get(name)
+        if norm is None:
+            run.send(name, layer.split_heads(x_BLD), packed=False)
+        else:
+            run.send(name, norm_rope(x_BLD, norm.weight, rope, run.layout, norm.eps))
+
+
+def output_projection(layer: nn.Module, run: "AttentionRun") -> Tensor:
+    """o W^T + bias; where o arrives in groups of heads, their products are added up in fp32."""
+    assert isinstance(layer, nn.Linear)
+    total_MN: Tensor | None = None
+    for columns, o_BLk in run.outputs():
+        if o_BLk.shape[-1] == layer.in_features:
+            return _product(layer, o_BLk)
+        weight_Nk = layer.weight[:, columns]
+        total_MN = gemm.add_product(total_MN, o_BLk.flatten(0, 1), weight_Nk)
+        shape = o_BLk.shape[:2]
+    assert total_MN is not None, "attention without output"
+    return torch.unflatten((total_MN + layer.bias.float()).to(layer.weight.dtype), 0, shape)
 
 
 def cross_attention(
@@ -84,10 +143,9 @@ def cross_attention(
 class Stream:
     """The fp32 residual stream and the branch that has not joined it yet."""
 
-    def __init__(self, x_BLD: Tensor) -> None:
+    def __init__(self, x_BLD: Tensor, pending: Tensor | None = None, gate: Tensor | None = None) -> None:
         self.x_BLD = x_BLD
-        self.pending: Tensor | None = None
-        self._gate: Tensor | None = None
+        self.pending, self._gate = pending, gate
 
     def add(self, y_BLD: Tensor, gate_BSD: Tensor | None) -> None:
         """x += y * gate, done when the stream is read next."""
@@ -102,6 +160,25 @@ class Stream:
         self.pending = self._gate = None
         return y_BLD
 
+    def rows(self) -> "list[Stream]":
+        """Each batch entry as a stream of its own."""
+
+        def entry(x: Tensor | None, row: int) -> Tensor | None:
+            return x if x is None or x.shape[0] == 1 else x[row : row + 1]
+
+        rows = range(self.x_BLD.shape[0])
+        return [Stream(self.x_BLD[r : r + 1], entry(self.pending, r), entry(self._gate, r)) for r in rows]
+
+    @staticmethod
+    def of_rows(streams: "list[Stream]") -> "Stream":
+        """The inverse; all streams have, or none has, a branch pending."""
+        x_BLD = torch.cat([stream.x_BLD for stream in streams])
+        branches = [stream.pending for stream in streams if stream.pending is not None]
+        gates = [stream._gate for stream in streams if stream._gate is not None]
+        if not branches:
+            return Stream(x_BLD)
+        return Stream(x_BLD, torch.cat(branches), torch.cat(gates) if gates else None)
+
 
 def run_block(
     block: "Block",
@@ -112,13 +189,15 @@ def run_block(
     text_kv: tuple[Tensor, Tensor],
     sequence: "Sequence",
     length: int,
-) -> None:
-    """One block's three branches; the last is left pending on the stream."""
+    lane: int = 0,
+) -> Generator[None, None, None]:
+    """One block's three branches; the last is left pending on the stream. Stops as `self_attention` does."""
     dtype = block.self_attn.o.weight.dtype
     vectors_6BSD = (block.modulation.float() + e_BS6D).permute(2, 0, 1, 3).contiguous()
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = vectors_6BSD.unbind(0)
     y_BLD = stream.read(Norm(shift, scale, block.eps, split), dtype)
-    stream.add(self_attention(block.self_attn, y_BLD, rope, sequence, length), gate)
+    o_BLD = yield from self_attention(block.self_attn, y_BLD, rope, sequence, length, lane)
+    stream.add(o_BLD, gate)
     # The gate's split is the norm's: an affine norm has one set of vectors, so it may carry it.
     y_BLD = stream.read(Norm.affine(block.norm3.weight, block.norm3.bias, block.eps, split), dtype)
     stream.add(cross_attention(block.cross_attn, y_BLD, text_kv, sequence), None)
@@ -136,7 +215,7 @@ def head(module: "Head", stream: Stream, time_BSD: Tensor, split: int) -> Tensor
 
 
 def run_blocks(
-    blocks: "list[Block]",
+    blocks: "Iterable[Block]",
     x_BLD: Tensor,
     e_BS6D: Tensor,
     split: int,
@@ -145,8 +224,32 @@ def run_blocks(
     sequence: "Sequence",
     length: int,
 ) -> Stream:
-    """All blocks; the stream's next read (the head's norm) takes in the last branch."""
+    """All blocks; the stream's next read (the head's norm) takes in the last branch.
+
+    Where two guidance passes meet on ranks that exchange data, the passes take turns after the first block,
+    whose self-attention is the same for both: one computes while the other's data is on its way. So one may
+    be a block ahead of the other, which only a list of resident blocks allows.
+    """
     stream = Stream(x_BLD)
-    for block, text_kv in zip(blocks, text, strict=True):
-        run_block(block, stream, e_BS6D, split, rope, text_kv, sequence, length)
-    return stream
+    if not (sequence.overlap.interleave and text[0][0].shape[0] == 2 and isinstance(blocks, list)):
+        for block, text_kv in zip(blocks, text, strict=True):
+            take_turns([run_block(block, stream, e_BS6D, split, rope, text_kv, sequence, length)])
+        return stream
+
+    def passes(stream: Stream, lane: int, row: slice) -> Generator[None, None, None]:
+        texts = [(k[row], v[row]) for k, v in text]
+        e = e_BS6D[row] if e_BS6D.shape[0] > 1 else e_BS6D
+        for block, text_kv in zip(blocks[1:], texts[1:], strict=True):
+            yield from run_block(block, stream, e, split, rope, text_kv, sequence, length, lane)
+
+    take_turns([run_block(blocks[0], stream, e_BS6D, split, rope, text[0], sequence, length)])
+    streams = stream.rows()
+    take_turns([passes(each, lane, slice(lane, lane + 1)) for lane, each in enumerate(streams)])
+    return Stream.of_rows(streams)
+
+
+def take_turns(passes: list[Generator[None, None, None]]) -> None:
+    """Run all to their ends, each up to its next stop in turn."""
+    waiting = list(passes)
+    while waiting:
+        waiting = [one for one in waiting if next(one, DONE) is not DONE]

@@ -1,29 +1,25 @@
 """From a checkpoint folder to a pipeline that is ready for requests."""
 
-import logging
-import time
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from torch import nn
 
 from engine.attention import pick_attend
+from engine.checksums import verify as verify_checksums
 from engine.config import DiTConfig, VAEConfig
-from engine.dit import DiT, stays_fp32
 from engine.errors import CheckpointError
+from engine.ladder import plan_memory
 from engine.layout import Layout, Part, find_layout
+from engine.loader import Loader, OnBytes
+from engine.lora import Loras
+from engine.lora_files import LoraFolder
+from engine.memory import RUNGS, Rung
 from engine.parallel.mesh import Mesh
 from engine.pipeline import Pipeline
 from engine.specs import Facts, find_facts, make_spec
-from engine.text_encoder import TextEncoder, load_tokenizer
-from engine.umt5 import config_from_shapes, official_name
 from engine.vae import VAE
-from engine.weights import Shape, load_into
-
-log = logging.getLogger(__name__)
-M = TypeVar("M", bound=nn.Module)
+from engine.weights import Shape
 
 
 def load_pipeline(
@@ -33,34 +29,53 @@ def load_pipeline(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     name: str | None = None,
+    loras: Path | None = None,
+    verify: bool = False,
+    memory_limit: int | None = None,
+    rung: Rung | None = None,
+    on_bytes: OnBytes = lambda part, came, total: None,
 ) -> Pipeline:
-    """Load every part of the checkpoint in `folder` onto `device`.
+    """Load every part of the checkpoint in `folder` onto `device`; a collective call of the mesh's ranks.
 
     `dtype` is that of the big matrix products: bf16 on a GPU and fp32 on a CPU unless given. `name` picks the
-    model's facts (`engine.specs.KNOWN`) when the folder can't tell. Raises CheckpointError.
+    model's facts (`engine.specs.KNOWN`) when the folder can't tell. `loras` is the folder that requests may
+    name LoRAs of (the checkpoint's own `loras/` unless given). `verify` compares checksums first. The memory
+    plan is made, logged and checked before any weight is read: `memory_limit` is the bytes of one GPU that
+    may be used (all that are free unless given), `rung` a rung of `engine.memory`'s ladder instead of the
+    first that fits. `on_bytes` hears of the loading's progress. Raises CheckpointError, DoesNotFit.
     """
-    mesh = mesh or Mesh.single()
+    mesh, folder = mesh or Mesh.single(), Path(folder)
     device = default_device(mesh) if device is None else torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    layout = find_layout(Path(folder))
+    vae_dtype = torch.float32 if device.type == "cpu" or dtype == torch.float32 else torch.float16
+    layout = find_layout(folder)
     dit_config = read_dit_config(layout)
-    facts = find_facts(Path(folder), dit_config.in_channels, layout.low is not None, name, layout.facts)
+    facts = find_facts(folder, dit_config.in_channels, layout.low is not None, name, layout.facts)
     vae_config = read_vae_config(layout.vae, facts)
     if dit_config.num_heads % mesh.ulysses:
         raise CheckpointError(
             f"{facts.name} has {dit_config.num_heads} heads, which {mesh.ulysses} sequence parts don't divide"
         )
-
-    high = _dit(layout.high, dit_config, device, dtype)
-    low = None if layout.low is None else _dit(layout.low, dit_config, device, dtype)
-    vae_dtype = torch.float32 if device.type == "cpu" or dtype == torch.float32 else torch.float16
-    vae = _load("VAE", lambda: VAE(vae_config), layout.vae, device, lambda _: vae_dtype)
-    text_encoder = _text_encoder(layout, dit_config, device, dtype)
     spec = make_spec(facts, dit_config, vae_config)
+    if verify:
+        verify_checksums(folder, mesh)
+    plan = plan_memory(spec, layout, mesh, device, dtype, vae_dtype, memory_limit, rung)
+
+    load = Loader(mesh, device, dtype, vae_dtype, on_bytes)
+    high, low, exchange = load.experts(layout, dit_config, plan.rung)
+    vae = load.part("VAE", VAE, vae_config, layout.vae, lambda _: vae_dtype)
+    # Last, as on the CPU rank 0 alone reads it, and no collective call may wait for that.
+    text_encoder = load.text_encoder(layout, dit_config, on_cpu=plan.step >= RUNGS.index("text"))
     self_attend, cross_attend = (
         pick_attend(kind, dtype, dit_config.head_dim, device) for kind in ("self", "cross")
     )
-    return Pipeline(spec, text_encoder, high, low, vae, mesh, device, self_attend, cross_attend)
+    lora_folder = LoraFolder(loras or folder / "loras")
+    spec = replace(spec, loras=tuple(lora_folder.names()))
+    pipeline = Pipeline(spec, text_encoder, high, low, vae, mesh, device, self_attend, cross_attend)
+    pipeline.exchange = exchange
+    pipeline.branches_in_turn = plan.step >= RUNGS.index("branches")
+    pipeline.loras = Loras(lora_folder, high, low, mesh)
+    return pipeline
 
 
 def default_device(mesh: Mesh) -> torch.device:
@@ -135,51 +150,3 @@ def _shapes(part: Part, *names: str) -> dict[str, Shape]:
     if missing:
         raise CheckpointError(f"{part.folder} lacks {', '.join(missing)}: is it the right checkpoint?")
     return {name: part.entries[name].shape for name in names}
-
-
-def _dit(part: Part, config: DiTConfig, device: torch.device, dtype: torch.dtype) -> DiT:
-    def dtype_of(tensor: str) -> torch.dtype:
-        return torch.float32 if stays_fp32(tensor) else dtype
-
-    return _load(part.folder.name, lambda: DiT(config), part, device, dtype_of)
-
-
-def _text_encoder(layout: Layout, dit: DiTConfig, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-    try:
-        config = config_from_shapes(
-            {official_name(name): entry.shape for name, entry in layout.text.entries.items()}
-        )
-    except KeyError as error:
-        raise CheckpointError(f"the text encoder in {layout.text.folder} lacks {error.args[0]}") from None
-    if config.d_model != dit.text_dim:
-        raise CheckpointError(
-            f"the text encoder in {layout.text.folder} is {config.d_model} wide, "
-            f"the transformer expects {dit.text_dim}"
-        )
-    with torch.device("meta"):
-        encoder = TextEncoder(config, load_tokenizer(layout.tokenizer), dit.text_len)
-    _load("text encoder", lambda: encoder.umt5, layout.text, device, lambda _: dtype)
-    encoder.umt5.encoder.embed_tokens.weight = encoder.umt5.shared.weight
-    return encoder.eval()
-
-
-def _load(
-    label: str,
-    build: Callable[[], M],
-    part: Part,
-    device: torch.device,
-    dtype_of: Callable[[str], torch.dtype],
-) -> M:
-    """Build a model without memory, fill it from its files, and log the rate."""
-    start, read = time.perf_counter(), 0
-
-    def count(size: int) -> None:
-        nonlocal read
-        read += size
-
-    with torch.device("meta"):
-        model = build()
-    load_into(model, part.entries, device=device, dtype_of=dtype_of, on_bytes=count)
-    seconds = time.perf_counter() - start
-    log.info("loaded %s: %.2f GB in %.1f s, %.2f GB/s", label, read / 1e9, seconds, read / 1e9 / seconds)
-    return model

@@ -8,7 +8,6 @@ is (conditional, unconditional).
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,8 +23,12 @@ from engine.config import (
     ProgressCallback,
 )
 from engine.dit import DiT, TextKV
-from engine.errors import OutOfMemory
+from engine.errors import OutOfMemory, RequestError
+from engine.frame_writer import FrameWriter
+from engine.lora import Loras
+from engine.offload import ExpertExchange, PromptEncoder
 from engine.parallel.mesh import Mesh
+from engine.parallel.text import encode_once
 from engine.requests import check
 from engine.sampler import TRAIN_TIMESTEPS, make_schedule, make_solver
 from engine.text_encoder import TextEncoder
@@ -39,7 +42,7 @@ class Pipeline:
     def __init__(
         self,
         spec: ModelSpec,
-        text_encoder: TextEncoder,
+        text_encoder: PromptEncoder,
         high: DiT,
         low: DiT | None,
         vae: VAE,
@@ -53,6 +56,9 @@ class Pipeline:
         self.high = high  # the high-noise expert, or the only one
         self.low = low
         self.sequence = mesh.sequence(attend, cross_attend)
+        self.loras: Loras | None = None  # None: no request may name any
+        self.exchange: ExpertExchange | None = None  # where one expert is in host memory
+        self.branches_in_turn = False  # whether a rank that makes both branches makes them one by one
 
     def generate(
         self,
@@ -66,15 +72,16 @@ class Pipeline:
         """Make the request's video and write its frames to `sink` (on rank 0).
 
         `latents_out` receives the latents before the VAE as safetensors, key `latents`, [C, F, H, W] fp32.
-        Raises RequestError, OutOfMemory, and engine.config.Canceled on all ranks at a step boundary.
+        Raises RequestError, OutOfMemory, RankLost, and on all ranks at a step boundary Canceled.
         """
         check(request, self.spec)
         tracker = Tracker(self.mesh, self.device, on_progress, should_cancel)
         try:
-            with torch.inference_mode():
+            with self.mesh.working(), torch.inference_mode():
                 with tracker.phase("encoding"):
+                    self.use_loras(request)
                     text_2TE = self.encode(request)
-                    image = make_conditioning(request, self.spec, self.vae)
+                    image = make_conditioning(request, self.spec, self.vae, self.mesh.space)
                 with tracker.phase("denoising"):
                     noise_CFHW = self.noise(request, image.size)
                     latents_CFHW = self.denoise(request, text_2TE, noise_CFHW, image, tracker)
@@ -87,10 +94,19 @@ class Pipeline:
             raise OutOfMemory(f"{self.device} ran out of memory at {tracker.where}: {error}") from error
         return GenerationResult(*image.size, frames, self.spec.fps, request.seed, tracker.seconds)
 
+    def use_loras(self, request: GenerationRequest) -> None:
+        """Have the experts carry the request's LoRAs and no others."""
+        if self.loras is not None:
+            self.loras.use(request.loras)
+        elif request.loras:
+            raise RequestError("loras", [use.name for use in request.loras], "none: there is no LoRA folder")
+
     def encode(self, request: GenerationRequest) -> Tensor:
         """[2, T, E] embeddings of the prompt and of the negative prompt."""
-        negative = request.negative_prompt or self.spec.negative_prompt
-        return torch.stack((self.text_encoder.encode(request.prompt), self.text_encoder.encode(negative)))
+        prompts = (request.prompt, request.negative_prompt or self.spec.negative_prompt)
+        if isinstance(self.text_encoder, TextEncoder):
+            return torch.stack(encode_once(prompts, self.text_encoder, self.mesh))
+        return torch.stack([self.text_encoder.encode(prompt) for prompt in prompts])
 
     def noise(self, request: GenerationRequest, size: tuple[int, int]) -> Tensor:
         """The starting latents [C, F, H, W] fp32, the same for any number of ranks."""
@@ -118,12 +134,14 @@ class Pipeline:
         solver = make_solver(request.solver, schedule)
         texts: dict[tuple[int, ...], TextKV] = {}
         latents_CFHW = image.pin(latents_CFHW)
+        plan = [self.expert_at(t, request.guide_scale) for t in schedule.timesteps.tolist()]
         expert = None
-        for step, t in enumerate(schedule.timesteps.tolist()):
+        for step, (t, (chosen, guide)) in enumerate(zip(schedule.timesteps.tolist(), plan, strict=True)):
             tracker.report("denoising", step, schedule.steps)
-            chosen, guide = self.expert_at(t, request.guide_scale)
             if chosen is not expert:
                 expert, texts = chosen, {}  # the other expert's text keys and values are done with
+            if self.exchange is not None:  # after the last step comes the next video's first
+                self.exchange.step(chosen, plan[(step + 1) % len(plan)][0], len(self.passes(guide)))
             flow_CFHW = self.flow(chosen, guide, t, latents_CFHW, text_2TE, texts, image)
             latents_CFHW = image.pin(solver.step(flow_CFHW, latents_CFHW))
         tracker.report("denoising", schedule.steps, schedule.steps)
@@ -143,16 +161,25 @@ class Pipeline:
 
         `texts` keeps the expert's text keys and values of the rows that this rank evaluates.
         """
-        rows = (0,) if guide == 1.0 else (0, 1) if self.mesh.guidance == 1 else (self.mesh.branch,)
-        if rows not in texts:
-            texts[rows] = expert.encode_text(text_2TE[list(rows)])
-        inputs = image.model_input(latents_CFHW)[None]
-        flow: Tensor = expert(inputs, image.timesteps(t, self.device), texts[rows], self.sequence)
+        passes = self.passes(guide)
+        for rows in passes:
+            if rows not in texts:
+                texts[rows] = expert.encode_text(text_2TE[list(rows)])
+        inputs, timesteps = image.model_input(latents_CFHW)[None], image.timesteps(t, self.device)
+        flow = torch.cat([expert(inputs, timesteps, texts[rows], self.sequence) for rows in passes])
         if guide == 1.0:
             return flow[0]
-        cond, uncond = flow if len(rows) == 2 else self.mesh.both_branches(flow)
+        cond, uncond = flow if self.mesh.guidance == 1 else self.mesh.both_branches(flow)
         guided: Tensor = uncond + guide * (cond - uncond)
         return guided
+
+    def passes(self, guide: float) -> list[tuple[int, ...]]:
+        """The forwards of a step, each by its rows of the texts: 0 conditional, 1 unconditional."""
+        if guide == 1.0:
+            return [(0,)]
+        if self.mesh.guidance == 2:
+            return [(self.mesh.branch,)]
+        return [(0,), (1,)] if self.branches_in_turn else [(0, 1)]
 
     def expert_at(self, t: int, guide_scale: tuple[float, float]) -> tuple[DiT, float]:
         """The expert for timestep t and its guidance scale; a lone expert uses the first of the pair."""
@@ -165,16 +192,17 @@ class Pipeline:
     def decode(self, latents_CFHW: Tensor, sink: FrameSink, tracker: Tracker) -> int:
         """Write the frames to the sink as they come; returns how many there are."""
         latents = latents_CFHW[None].to(next(self.vae.parameters()).dtype)
-        chunks = self.vae.decode_chunks(latents) if self.mesh.rank == 0 else None
-        for chunk in range(latents.shape[2]):
-            tracker.report("decoding", chunk, latents.shape[2])
-            if chunks is not None:
-                sink.write(to_uint8(next(chunks)[0]))
-        tracker.report("decoding", latents.shape[2], latents.shape[2])
-        return (latents.shape[2] - 1) * self.spec.vae.stride[0] + 1
+        chunks, space = latents.shape[2], self.mesh.space(*latents.shape[3:])
+        with FrameWriter(sink, self.mesh.beat) as writer:
+            for chunk, frames in enumerate(self.vae.decode_chunks(latents, space)):
+                tracker.report("decoding", chunk, chunks)
+                levels = space.collect(to_uint8(frames[0]))
+                if levels is not None and self.mesh.rank == 0:
+                    writer.write(levels.permute(1, 2, 3, 0))
+            tracker.report("decoding", chunks, chunks)  # the others need not wait for the sink
+        return (chunks - 1) * self.spec.vae.stride[0] + 1
 
 
-def to_uint8(frames_3THW: Tensor) -> np.ndarray:
-    """[T, H, W, 3] uint8 RGB of frames in [-1, 1] (clamped), rounded to the nearest level."""
-    levels = ((frames_3THW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+def to_uint8(frames_3THW: Tensor) -> Tensor:
+    """uint8 RGB levels of frames in [-1, 1] (clamped), rounded to the nearest."""
+    return ((frames_3THW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

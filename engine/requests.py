@@ -3,10 +3,12 @@
 import secrets
 from pathlib import Path
 
-from engine.config import GenerationRequest, ModelSpec, Solver
+from engine.config import GenerationRequest, LoraUse, ModelSpec, Solver
 from engine.errors import RequestError
 
 MAX_STEPS = 1000
+MAX_STRENGTH = 10.0  # of a LoRA, either sign
+MAX_LORAS = 8
 
 
 def resolve(
@@ -23,6 +25,7 @@ def resolve(
     negative_prompt: str = "",
     image: Path | None = None,
     noise_device: str = "cpu",
+    loras: tuple[LoraUse, ...] = (),
 ) -> GenerationRequest:
     """A checked request with the model's defaults for what isn't given; a random seed unless given.
 
@@ -43,6 +46,7 @@ def resolve(
         negative_prompt=negative_prompt,
         image=image,
         noise_device=noise_device,
+        loras=loras,
     )
     check(request, spec)
     return request
@@ -68,6 +72,11 @@ def check(request: GenerationRequest, spec: ModelSpec) -> None:
         raise RequestError("seed", request.seed, "0 to 2^63 - 1")
     if request.solver not in ("unipc", "dpm++"):
         raise RequestError("sample_solver", request.solver, "unipc, dpm++")
+    if len(request.loras) > MAX_LORAS:
+        raise RequestError("loras", len(request.loras), f"at most {MAX_LORAS}")
+    if not all(abs(use.strength) <= MAX_STRENGTH for use in request.loras):
+        strengths = [use.strength for use in request.loras]
+        raise RequestError("loras", strengths, f"strengths from {-MAX_STRENGTH} to {MAX_STRENGTH}")
     if spec.task == "i2v" and request.image is None:
         raise RequestError("image", None, f"a picture's path: {spec.name} makes videos from images")
     if spec.task == "t2v" and request.image is not None:

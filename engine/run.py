@@ -7,11 +7,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 from rich.progress import Progress as ProgressBar
 
 from engine.conditioning import output_size
-from engine.config import FrameSink, GenerationRequest, Progress, Solver
+from engine.config import FrameSink, GenerationRequest, LoraUse, Progress, Solver
 from engine.errors import RequestError
 from engine.load import default_device, load_pipeline
 from engine.parallel.mesh import Mesh
@@ -39,10 +47,15 @@ def run(
     guide_scale: float | tuple[float, float] | None = None,
     seed: int | None = None,
     sample_solver: Solver | None = None,
+    loras: tuple[LoraUse, ...] = (),
+    lora_dir: Path | None = None,
+    verify: bool = False,
+    gpu_memory: int | None = None,
 ) -> None:
     """Load the checkpoint, make the video, write the MP4 to `out`; prints the seed and the path.
 
-    None means the model's default. Under torchrun every process calls this, and rank 0 writes and prints.
+    None means the model's default. `lora_dir`, `verify` and `gpu_memory` (bytes) are `load_pipeline`'s.
+    Under torchrun every process calls this, and rank 0 writes and prints.
     Raises CheckpointError, RequestError, VideoError.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -52,7 +65,18 @@ def run(
         device = default_device(mesh)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        pipeline = load_pipeline(model, mesh=mesh, device=device, dtype=DTYPES.get(dtype or ""))
+        with LoadingBar(mesh.rank == 0) as bar:
+            pipeline = load_pipeline(
+                model,
+                mesh=mesh,
+                device=device,
+                dtype=DTYPES.get(dtype or ""),
+                loras=lora_dir,
+                verify=verify,
+                memory_limit=gpu_memory,
+                on_bytes=bar.came,
+            )
+        mesh.meet()
         request = resolve(
             pipeline.spec,
             prompt,
@@ -65,6 +89,7 @@ def run(
             solver=sample_solver or "unipc",
             negative_prompt=negative_prompt or "",
             image=image,
+            loras=loras,
         )
         if mesh.rank == 0:
             lead(pipeline, request, out, save_latents)
@@ -91,6 +116,33 @@ def lead(pipeline: Pipeline, request: GenerationRequest, out: Path, save_latents
     spent = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in result.seconds.items())
     print(f"{result.frames} frames of {result.width}*{result.height} at {result.fps:g} fps: {spent}")
     print(out, flush=True)
+
+
+class LoadingBar:
+    """Bytes of the checkpoint's parts as they come, with GB/s; silent on other ranks than 0."""
+
+    def __init__(self, shown: bool) -> None:
+        columns = (
+            TextColumn("loading {task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+        )
+        self._bar = ProgressBar(*columns, console=Console(file=sys.stderr), disable=not shown)
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "LoadingBar":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def came(self, part: str, size: int, total: int) -> None:
+        """`size` more bytes of a part's `total`."""
+        if part not in self._tasks:
+            self._tasks[part] = self._bar.add_task(part, total=total)
+        self._bar.advance(self._tasks[part], size)
 
 
 class NoFrames(FrameSink):

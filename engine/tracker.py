@@ -43,6 +43,7 @@ class Tracker:
 
     def report(self, phase: Phase, step: int, steps: int) -> None:
         """A step boundary: tell the progress, and raise Canceled on all ranks if rank 0 is asked to stop."""
+        self.mesh.beat()
         self.where = f"{phase}, step {step} of {steps}"
         if self.mesh.rank == 0 and self.on_progress is not None:
             self.on_progress(Progress(phase, step, steps))

@@ -20,6 +20,7 @@ from engine.vae_blocks import (
     ChannelNorm,
     Downsample,
     ResidualBlock,
+    Space,
     Stream,
     Upsample,
     run,
@@ -124,36 +125,42 @@ class VAE(nn.Module):
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, 1)
         self.decoder = Decoder(config)
 
-    def encode_moments(self, video_B3THW: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance, [B, C, F, H/s, W/s] each, not normalised; T is 4n+1, values in [-1, 1]."""
+    def encode_moments(self, video_B3THW: Tensor, space: Space | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance, [B, C, F, H/s, W/s] each, not normalised; T is 4n+1, values in [-1, 1].
+
+        `space` tells how the frames are spread over ranks: each passes and receives the whole.
+        """
         frames = video_B3THW.shape[2]
         step = self.config.stride[0]
         if frames % step != 1:
             raise ValueError(f"a video of {frames} frames can't be encoded: it takes {step}n+1 frames")
+        stream, chunks = Stream(space), []
+        video_B3THW = stream.space.cut(video_B3THW, self.config.stride[1])
         x = fold_pixels(video_B3THW) if self.config.kind == "2.2" else video_B3THW
-        stream, chunks = Stream(), []
         for chunk in torch.split(x, [1] + [step] * (frames // step), dim=2):
             chunks.append(self.encoder.stream(chunk, stream))
             stream.first = False
-        mean, log_variance = self.conv1(torch.cat(chunks, dim=2)).chunk(2, dim=1)
+        moments = stream.space.gather(self.conv1(torch.cat(chunks, dim=2)))
+        mean, log_variance = moments.chunk(2, dim=1)
         return mean, log_variance
 
-    def encode(self, video_B3THW: Tensor) -> Tensor:
+    def encode(self, video_B3THW: Tensor, space: Space | None = None) -> Tensor:
         """Normalised latents [B, C, F, H/s, W/s]: the mean of the posterior."""
-        mean, _ = self.encode_moments(video_B3THW)
+        mean, _ = self.encode_moments(video_B3THW, space)
         return (mean - self._channels(self.config.latent_mean, mean)) / self._channels(
             self.config.latent_std, mean
         )
 
-    def decode_chunks(self, latents_BCFHW: Tensor) -> Iterator[Tensor]:
+    def decode_chunks(self, latents_BCFHW: Tensor, space: Space | None = None) -> Iterator[Tensor]:
         """The video of normalised latents as it comes: [B, 3, 1, H, W], then [B, 3, 4, H, W] each.
 
+        `space` tells how the frames are spread over ranks: each passes the whole and receives its part.
         Values are about [-1, 1] and not clamped (training needs the gradient).
         """
-        config = self.config
+        config, stream = self.config, Stream(space)
+        latents_BCFHW = stream.space.cut(latents_BCFHW)
         z = latents_BCFHW * self._channels(config.latent_std, latents_BCFHW)
         z = self.conv2(z + self._channels(config.latent_mean, latents_BCFHW))
-        stream = Stream()
         for latent in torch.split(z, 1, dim=2):
             frames = self.decoder.stream(latent, stream)
             stream.first = False

@@ -8,27 +8,90 @@ Shapes: B batch, C channels, T frames, H rows, W columns.
 Facts: the official `wan/modules/vae2_1.py` and `vae2_2.py` (Wan-Video/Wan2.2, Apache-2.0).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Convolution = nn.Conv2d | nn.Conv3d
+
+
+class Space(Protocol):
+    """Which part of each frame is here. The layers themselves know no process group.
+
+    `halo` is how many rows and columns a layer needs around what it computes.
+    """
+
+    def join(self, past_BCTHW: Tensor | None, x_BCTHW: Tensor, frames: int, halo: int) -> Tensor:
+        """x with its halo, behind `frames` frames of the past that have theirs (zeros for None)."""
+        ...
+
+    def convolve(self, layer: Convolution, x: Tensor, with_halo: bool = False) -> Tensor:
+        """`layer(x)`; x [..., H, W] may come with its halo already."""
+        ...
+
+    def pad_after(self, x: Tensor) -> Tensor:
+        """x [..., H, W] with one more row and column at the end."""
+        ...
+
+    def cut(self, x: Tensor, unit: int = 1) -> Tensor:
+        """This part of a whole frame [..., H, W], whose pixels are `unit` to a latent along a side."""
+        ...
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The whole frame, on every rank, of the parts."""
+        ...
+
+    def collect(self, x: Tensor) -> Tensor | None:
+        """The same on rank 0 alone."""
+        ...
+
+
+class WholeFrame:
+    """All of each frame is here."""
+
+    def join(self, past_BCTHW: Tensor | None, x_BCTHW: Tensor, frames: int, halo: int) -> Tensor:
+        """Convolutions pad by themselves, so there is no halo."""
+        if past_BCTHW is None:
+            b, c, _, h, w = x_BCTHW.shape
+            past_BCTHW = x_BCTHW.new_zeros(b, c, frames, h, w)
+        return torch.cat((past_BCTHW, x_BCTHW), dim=2)
+
+    def convolve(self, layer: Convolution, x: Tensor, with_halo: bool = False) -> Tensor:
+        """The layer with its own padding."""
+        y: Tensor = layer(x)
+        return y
+
+    def pad_after(self, x: Tensor) -> Tensor:
+        """Zeros."""
+        return F.pad(x, (0, 1, 0, 1))
+
+    def cut(self, x: Tensor, unit: int = 1) -> Tensor:
+        """All of it."""
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """All of it."""
+        return x
+
+    def collect(self, x: Tensor) -> Tensor | None:
+        """All of it."""
+        return x
+
 
 class Stream:
     """What the layers remember between the chunks of one video."""
 
-    def __init__(self) -> None:
+    def __init__(self, space: Space | None = None) -> None:
         self.first = True  # whether the present chunk is the video's first
         self.past: dict[nn.Module, Tensor] = {}  # each causal layer's last input frames
+        self.space = space or WholeFrame()
 
-    def remember(self, layer: nn.Module, x_BCTHW: Tensor, frames: int) -> Tensor:
+    def remember(self, layer: nn.Module, x_BCTHW: Tensor, frames: int, halo: int = 0) -> Tensor:
         """x with the `frames` frames before it in front (zeros before the video); keeps x's last ones."""
-        past = self.past.get(layer)
-        if past is None:
-            b, c, _, h, w = x_BCTHW.shape
-            past = x_BCTHW.new_zeros(b, c, frames, h, w)
-        x_BCTHW = torch.cat((past, x_BCTHW), dim=2)
+        x_BCTHW = self.space.join(self.past.get(layer), x_BCTHW, frames, halo)
         self.past[layer] = x_BCTHW[:, :, -frames:]
         return x_BCTHW
 
@@ -58,9 +121,10 @@ class CausalConv3d(nn.Conv3d):
 
     def stream(self, x_BCTHW: Tensor, stream: Stream) -> Tensor:
         """The next chunk's output."""
-        frames = self.kernel_size[0] - 1
-        y: Tensor = self(stream.remember(self, x_BCTHW, frames) if frames else x_BCTHW)
-        return y
+        frames, halo = self.kernel_size[0] - 1, self.kernel_size[2] // 2
+        if not frames:
+            return stream.space.convolve(self, x_BCTHW)
+        return stream.space.convolve(self, stream.remember(self, x_BCTHW, frames, halo), with_halo=True)
 
 
 class ChannelNorm(nn.Module):
@@ -114,16 +178,19 @@ class AttentionBlock(Layer):
         """The next chunk's output; frames don't see one another, so nothing is remembered."""
         b, c, t, h, w = x_BCTHW.shape
         x = x_BCTHW.transpose(1, 2).flatten(0, 1)
-        q, k, v = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
+        qkv = self.to_qkv(self.norm(x))
+        kv = stream.space.gather(qkv[:, c:])  # every pixel looks at the whole frame
+        q = qkv[:, :c].flatten(2).transpose(1, 2).unsqueeze(1)
+        k, v = kv.flatten(2).transpose(1, 2).unsqueeze(1).chunk(2, dim=-1)
         y = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).reshape(b * t, c, h, w)
         out: Tensor = self.proj(y)
         return x_BCTHW + out.view(b, t, c, h, w).transpose(1, 2)
 
 
-def per_frame(layer: nn.Module, x_BCTHW: Tensor) -> Tensor:
+def per_frame(layer: Callable[[Tensor], Tensor], x_BCTHW: Tensor) -> Tensor:
     """A 2-D layer over every frame."""
     b, t = x_BCTHW.shape[0], x_BCTHW.shape[2]
-    y: Tensor = layer(x_BCTHW.transpose(1, 2).flatten(0, 1))
+    y = layer(x_BCTHW.transpose(1, 2).flatten(0, 1))
     return y.view(b, t, *y.shape[1:]).transpose(1, 2)
 
 
@@ -137,7 +204,9 @@ class Downsample(Layer):
 
     def stream(self, x_BCTHW: Tensor, stream: Stream) -> Tensor:
         """The next chunk's output. Frame 0 skips the time convolution but is the past of frame 1."""
-        x = per_frame(self.resample, x_BCTHW)
+        pad, conv = self.resample
+        assert isinstance(pad, nn.ZeroPad2d)
+        x = per_frame(lambda x_BCHW: conv(stream.space.pad_after(x_BCHW)), x_BCTHW)
         if self.time_conv is None:
             return x
         if stream.first:
@@ -163,7 +232,9 @@ class Upsample(Layer):
             b, c, t, h, w = x_BCTHW.shape
             pairs = self.time_conv.stream(x_BCTHW, stream).view(b, 2, c, t, h, w)
             x_BCTHW = pairs.permute(0, 2, 3, 1, 4, 5).reshape(b, c, 2 * t, h, w)
-        return per_frame(self.resample, x_BCTHW)
+        double, conv = self.resample
+        assert isinstance(conv, nn.Conv2d)
+        return per_frame(lambda x_BCHW: stream.space.convolve(conv, double(x_BCHW)), x_BCTHW)
 
 
 def stream_conv(layer: nn.Module, x_BCTHW: Tensor, stream: Stream) -> Tensor:

@@ -1,7 +1,8 @@
 """Reading checkpoint files: strict, cast while loading, every fault named with its file.
 
 Tensors come from safetensors shards (read by mmap) or from a `.pth` (`weights_only=True`, mmap). Shapes are
-checked against the model before anything is read, so a wrong checkpoint fails in a second.
+checked against the model before anything is read, so a wrong checkpoint fails in a second. How the bytes
+get to the device is `engine.transfer`'s.
 """
 
 import json
@@ -11,14 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from engine.errors import CheckpointError
+from engine.parallel.mesh import Mesh
+from engine.transfer import Files, Meter, Source, read
 
 Shape = tuple[int, ...]
 MAX_LISTED = 12  # faults spelled out in one error
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
+# The format's names of what a weight may be stored as.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 
 
 @dataclass(frozen=True)
@@ -28,7 +39,19 @@ class Entry:
     path: Path
     name: str  # in the file
     shape: Shape
+    dtype: torch.dtype = torch.float32
+    offset: int = 0  # bytes from the file's beginning
     tensor: Tensor | None = None  # mapped already (.pth)
+
+    @property
+    def count(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return self.count * self.dtype.itemsize
 
 
 def scan(paths: Iterable[Path], rename: Callable[[str], str] = str) -> dict[str, Entry]:
@@ -65,23 +88,40 @@ def load_into(
     *,
     device: torch.device,
     dtype_of: Callable[[str], torch.dtype],
-    on_bytes: Callable[[int], None] | None = None,
+    mesh: Mesh | None = None,
+    on_bytes: Callable[[int], None] = lambda _: None,
+    meter: Meter | None = None,
 ) -> None:
     """Fill a model built on the meta device with exactly these tensors, each cast to `dtype_of(name)`.
 
-    `on_bytes` hears of each tensor's bytes on disk. Raises CheckpointError naming every missing, extra or
-    misshapen tensor, before reading any.
+    Each byte is read by one rank of the mesh, so this is a collective call. `on_bytes` hears of bytes as
+    they come, `meter` counts them. Raises CheckpointError naming every missing, extra or misshapen tensor,
+    before reading any.
     """
     check(expected_shapes(model), entries)
-    state: dict[str, Tensor] = {}
-    readers: dict[Path, safe_open] = {}
-    for name, entry in entries.items():
-        tensor = _read(entry, device, readers)
-        state[name] = tensor.to(device=device, dtype=dtype_of(name))
-        if on_bytes is not None:
-            on_bytes(tensor.numel() * tensor.element_size())
+    state = load_tensors(entries, device=device, dtype_of=dtype_of, mesh=mesh, on_bytes=on_bytes, meter=meter)
     model.load_state_dict(state, strict=False, assign=True)  # `check` was stricter; tied names are absent
     model.requires_grad_(False).eval()
+
+
+def load_tensors(
+    entries: Mapping[str, Entry],
+    *,
+    device: torch.device,
+    dtype_of: Callable[[str], torch.dtype],
+    mesh: Mesh | None = None,
+    on_bytes: Callable[[int], None] = lambda _: None,
+    meter: Meter | None = None,
+) -> dict[str, Tensor]:
+    """The tensors on `device`, by their names in the model; see `load_into`."""
+    files = Files()
+    try:
+        ordered = sorted(entries.items(), key=lambda item: (item[1].path, item[1].offset))
+        sources = [_source(name, entry, dtype_of(name), files) for name, entry in ordered]
+        with torch.no_grad():
+            return read(sources, device, mesh or Mesh.single(), meter or Meter(), on_bytes)
+    finally:
+        files.close()
 
 
 def expected_shapes(model: nn.Module) -> dict[str, Shape]:
@@ -110,11 +150,6 @@ def check(expected: Mapping[str, Shape], entries: Mapping[str, Entry]) -> None:
         raise CheckpointError(f"the checkpoint doesn't fit the model: {listed}")
 
 
-def total_bytes(entries: Iterable[Entry], bytes_each: int = 4) -> int:
-    """Bytes that tensors take at `bytes_each` bytes an element."""
-    return sum(math.prod(entry.shape) * bytes_each for entry in entries)
-
-
 def _scan_safetensors(path: Path) -> list[Entry]:
     """Names and shapes from the header (8 bytes of length, then JSON); the data's length must be right."""
     try:
@@ -122,12 +157,25 @@ def _scan_safetensors(path: Path) -> list[Entry]:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(length, MAX_HEADER)))
         header.pop("__metadata__", None)
-        end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-        entries = [Entry(path, name, tuple(tensor["shape"])) for name, tensor in header.items()]
+        data = 8 + length
+        end = data + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        unknown = [name for name, tensor in header.items() if tensor["dtype"] not in DTYPES]
+        if not unknown:
+            entries = [
+                Entry(path, name, tuple(t["shape"]), DTYPES[t["dtype"]], data + t["data_offsets"][0])
+                for name, t in header.items()
+            ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(_unreadable(path, "safetensors", error)) from error
     if path.stat().st_size != end:
         raise CheckpointError(_unreadable(path, "safetensors", f"its header announces {end:,} bytes"))
+    if unknown:
+        raise CheckpointError(
+            f"{unknown[0]} in {path} is {header[unknown[0]]['dtype']}, expected one of {', '.join(DTYPES)}"
+        )
+    wrong = [e.name for e in entries if e.size != header[e.name]["data_offsets"][1] - e.offset + data]
+    if wrong:
+        raise CheckpointError(_unreadable(path, "safetensors", f"{wrong[0]}'s bytes don't fit its shape"))
     return entries
 
 
@@ -138,16 +186,14 @@ def _scan_pth(path: Path) -> list[Entry]:
         raise CheckpointError(_unreadable(path, ".pth of tensors", error)) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} holds {type(state).__name__}, expected a dict of named tensors")
-    return [Entry(path, name, tuple(tensor.shape), tensor) for name, tensor in state.items()]
+    return [Entry(path, name, tuple(t.shape), t.dtype, tensor=t) for name, t in state.items()]
 
 
-def _read(entry: Entry, device: torch.device, readers: dict[Path, safe_open]) -> Tensor:
+def _source(name: str, entry: Entry, dtype: torch.dtype, files: Files) -> Source:
     if entry.tensor is not None:
-        return entry.tensor
-    if entry.path not in readers:
-        readers[entry.path] = safe_open(entry.path, framework="pt", device=str(device))
-    tensor: Tensor = readers[entry.path].get_tensor(entry.name)  # type: ignore[no-untyped-call]
-    return tensor
+        return Source(name, entry.tensor.reshape(-1), entry.shape, dtype, lambda first, many: None)
+    elements, prefetch = files.elements(entry.path, entry.dtype, entry.offset, entry.count)
+    return Source(name, elements, entry.shape, dtype, prefetch)
 
 
 def _unreadable(path: Path, kind: str, error: Exception | str) -> str:

@@ -9,7 +9,7 @@ import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from infra.docker.make_secrets import ROLES
+from infra.docker.make_secrets import ROLES, S3_ROLES
 from infra.errors import CliError
 
 
@@ -19,8 +19,8 @@ class StackState:
 
     port_base: int | None = None
     secret_key: str = field(default_factory=lambda: secrets.token_urlsafe(32))
-    redis_passwords: dict[str, str] = field(default_factory=lambda: _one_a_role())
-    s3_secrets: dict[str, str] = field(default_factory=lambda: _one_a_role())
+    redis_passwords: dict[str, str] = field(default_factory=lambda: _one_each(ROLES))
+    s3_secrets: dict[str, str] = field(default_factory=lambda: _one_each(S3_ROLES))
     api_key: str | None = None  # made when Redis is up
     webhook_secret: str | None = None
 
@@ -35,15 +35,19 @@ class StackState:
         except (OSError, ValueError) as error:
             raise CliError(f"{path} cannot be read ({error}); move the data dir away") from None
         known = {f.name for f in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
+        state = cls(**{name: value for name, value in values.items() if name in known})
+        # A stack of an older version may know fewer roles.
+        state.redis_passwords = _one_each(ROLES) | state.redis_passwords
+        state.s3_secrets = _one_each(S3_ROLES) | state.s3_secrets
+        return state
 
     def save(self, data_dir: Path) -> None:
         """Write it: complete or not at all, mode 0600."""
         write_private(data_dir / "stack.json", json.dumps(asdict(self), indent=1) + "\n")
 
 
-def _one_a_role() -> dict[str, str]:
-    return {role: secrets.token_hex(24) for role in ROLES}
+def _one_each(roles: tuple[str, ...]) -> dict[str, str]:
+    return {role: secrets.token_hex(24) for role in roles}
 
 
 def write_private(path: Path, text: str) -> None:

@@ -86,6 +86,19 @@ SampleSolver = Literal["unipc", "dpm++"]
 GuidePair = tuple[float, float]  # (low-noise expert, high-noise expert)
 
 
+class Lora(BaseModel):
+    """A LoRA of the model's LoRA folder, for one expert or both."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[str, Field(max_length=128, description="As `GET /v1/models` lists it.")]
+    strength: Annotated[float, Field(strict=True, ge=-10, le=10, description="1.0: as it was trained.")] = 1.0
+    expert: Annotated[
+        Literal["both", "high", "low"],
+        Field(description="The high-noise expert, the low-noise one, or both."),
+    ] = "both"
+
+
 class VideoRequest(BaseModel):
     """A request with every default filled in: enough, with the model, to make the same video again."""
 
@@ -102,6 +115,7 @@ class VideoRequest(BaseModel):
     seed: int
     sample_solver: SampleSolver
     image: str | None = None  # storage key of the input image
+    loras: tuple[Lora, ...] = ()
 
 
 class JobError(BaseModel):
@@ -125,7 +139,11 @@ class VideoResult(BaseModel):
     fps: float
     bytes: int
     sha256: str  # of the MP4
-    seconds: dict[str, float] = Field(default_factory=dict)  # phase to wall seconds
+    seconds: dict[str, float] = Field(default_factory=dict)  # phase to wall seconds; publishing: the upload
+    device: str = ""  # what it was made on, such as "NVIDIA H200"
+    gpus: int = 0  # how many of them; on a CPU, processes
+    gpu_seconds: float | None = None  # GPUs times the seconds that this attempt held them
+    cost: float | None = None  # those seconds at the node's price (REEL_NODE_PRICE_PER_HOUR), if it has one
 
 
 class Job(BaseModel):
@@ -197,6 +215,7 @@ class ModelCard(BaseModel):
     max_sampling_steps: int = 100
     default_guide_scale: GuidePair
     sample_solvers: list[SampleSolver] = ["unipc", "dpm++"]
+    loras: list[str] = []  # names of the LoRAs that requests may use
     size_multiple: int = 16  # pixels; a size not listed is refused whatever its divisibility
     schema_: int = Field(SCHEMA, alias="schema")
 

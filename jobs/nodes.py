@@ -15,6 +15,15 @@ MODELS = f"{PREFIX}models"
 NodeState = Literal["starting", "idle", "busy", "draining", "stopped"]
 
 
+class GpuUse(BaseModel):
+    """One GPU, as its driver saw it a few seconds ago."""
+
+    index: int
+    busy: float  # 0-1: share of the time in which a kernel ran
+    memory_used: int  # bytes
+    memory_total: int  # bytes
+
+
 class NodeInfo(BaseModel):
     """One node. Times are Unix seconds by the Redis clock."""
 
@@ -35,6 +44,7 @@ class NodeInfo(BaseModel):
     memory_total: int | None = None
     step_seconds: float | None = None  # one denoising step of the last finished video
     labels: dict[str, str] = Field(default_factory=dict)  # cloud, region, instance, ...
+    gpus: list[GpuUse] = Field(default_factory=list)  # empty on a CPU
 
 
 class NodeRegistry:

@@ -8,12 +8,13 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
 from jobs.errors import FieldProblem, InvalidRequest
-from jobs.job import GuidePair, ModelCard, VideoRequest
+from jobs.job import GuidePair, Lora, ModelCard, VideoRequest
 
 PROMPT_MAX = 2000  # characters
 SEED_MAX = 2**63 - 1
 SEED_RANDOM = 2**53  # random seeds stay below: JavaScript would round a larger one
 NUMBER_MAX = 100.0  # of shift and guide_scale: far above any use, far below overflow
+LORAS_MAX = 8  # in one request
 GOT_MAX = 80  # characters of a wrong value that an error repeats
 
 Number = Annotated[float, Field(strict=True)]
@@ -57,6 +58,9 @@ class VideoRequestIn(BaseModel):
     seed: Annotated[StrictInt | None, Field(description="0 to 2^63-1; absent: random, and recorded.")] = None
     sample_solver: Annotated[Text | None, Field(description="unipc or dpm++.")] = None
     image: Annotated[Text | None, Field(description="To start from: an upload's id, or an https URL.")] = None
+    loras: Annotated[
+        tuple[Lora, ...] | None, Field(description="LoRAs of the model's folder, merged for this video.")
+    ] = None
 
 
 def resolve(body: VideoRequestIn, card: ModelCard) -> VideoRequest:
@@ -167,6 +171,7 @@ def _check(
             "one of " + ", ".join(card.sample_solvers),
         ),
         "image": _image(check, card, skip),
+        "loras": _loras(check, card),
     }
     return check.problems, filled
 
@@ -180,6 +185,18 @@ def _image(check: _Checks, card: ModelCard, skip: frozenset[str] | set[str]) -> 
     if card.task == "i2v" and image is None and "image" not in skip:
         check.problems.append(FieldProblem("image", "nothing", f"an uploaded image: {card.name} needs one"))
     return image
+
+
+def _loras(check: _Checks, card: ModelCard) -> tuple[Lora, ...]:
+    given = check.fields["loras"] or ()
+    loras = tuple(item if isinstance(item, Lora) else Lora.model_validate(item) for item in given)
+    known = "one of " + ", ".join(card.loras) if card.loras else f"none: {card.name} has no LoRAs"
+    if len(loras) > LORAS_MAX:
+        check.problems.append(FieldProblem("loras", f"{len(loras)}", f"at most {LORAS_MAX}"))
+    for place, lora in enumerate(loras[:LORAS_MAX]):
+        if lora.name not in card.loras:
+            check.problems.append(FieldProblem(f"loras.{place}.name", _short(lora.name), known))
+    return loras
 
 
 def _is_prompt(text: str) -> bool:

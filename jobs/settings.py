@@ -74,10 +74,16 @@ class Settings(BaseSettings):
     spot_notice: Literal["aws", "gcp", "azure"] | None = None  # whose interruption notices a node watches for
     spot_notice_endpoint: str | None = None  # the metadata service; None: that cloud's own address
     spot_grace_seconds: Seconds = 20.0  # as drain_seconds, after such a notice (30 s on GCP and Azure)
+    rank_timeout_seconds: Seconds = 30.0  # until the ranks of a node notice that one is dead or hangs
     step_timeout_seconds: Seconds = 600.0  # a rank silent for longer is taken for hung
     data_dir: Path = Path(".reel")
     # import path of the function that builds a rank's pipeline (its signature: worker.build.Builder)
     engine: str = "worker.build:build"
+    node_price_per_hour: float = Field(0, ge=0)  # of the whole machine, in your currency; 0: unknown
+    lora_dir: Path | None = None  # LoRAs that requests may name; None: the checkpoint's own loras/
+    verify_checkpoint: bool = False  # compare checksums before loading
+    warm_up: bool = True  # run the served shapes once before the first job
+    gpu_memory_gib: float | None = Field(None, gt=0)  # of one GPU that may be used; None: all that is free
 
     log_level: str = "INFO"
 

@@ -89,7 +89,9 @@ def build(plan: NodePlan, index: int, rendezvous: Path) -> RankPipeline:
     from engine.load import load_pipeline
     from engine.parallel.mesh import Mesh
     from engine.specs import KNOWN
+    from engine.warmup import warm_up
 
+    settings = plan.settings
     torch.set_num_threads(plan.threads)
     device = torch.device("cpu")
     if plan.device == "cuda":
@@ -106,15 +108,23 @@ def build(plan: NodePlan, index: int, rendezvous: Path) -> RankPipeline:
             init_method=f"file://{rendezvous}",
             rank=index,
             world_size=plan.ranks,
-            timeout_seconds=plan.settings.step_timeout_seconds,
+            timeout_seconds=settings.rank_timeout_seconds,
+            device=device,
         )
+    memory = settings.gpu_memory_gib
     try:
-        return load_pipeline(
+        pipeline = load_pipeline(
             plan.model,
             mesh=mesh,
             device=device,
             dtype=torch.bfloat16 if plan.device == "cuda" else torch.float32,
             name=plan.name if plan.name in KNOWN else None,
+            loras=settings.lora_dir,
+            verify=settings.verify_checkpoint,
+            memory_limit=None if memory is None else int(memory * 2**30),
         )
+        if settings.warm_up:
+            warm_up(pipeline)
+        return pipeline
     except (CheckpointError, FileNotFoundError) as error:
         raise BadModel(str(error)) from None

@@ -19,6 +19,7 @@ from jobs.storage import ObjectStore
 from jobs.store import JobStore
 from worker.claims import ClaimLoop
 from worker.drain import Drain
+from worker.gpus import GpuMeter
 from worker.group import GroupBroken, RankGroup
 from worker.lease import tell
 from worker.logs import join_logs
@@ -26,7 +27,7 @@ from worker.plan import NodePlan, NodeStatus
 from worker.publish import Finished, Publisher
 from worker.reports import BadModel
 from worker.spool import Spool
-from worker.vitals import Memory, read_memory
+from worker.vitals import Memory, total_memory
 
 BEAT_SECONDS = 1.0
 VITALS_SECONDS = 5.0  # how often memory is looked at
@@ -50,6 +51,7 @@ class NodeActor:
         self.group = RankGroup(plan, placement)
         self.loop: ClaimLoop | None = None  # None until the ranks are up
         self.info = NodeInfo(id=plan.node_id, model="", ranks=plan.ranks, host=socket.gethostname())
+        self.meter = GpuMeter()
         self._status = NodeStatus("starting")
         self._memory: Memory | None = None
 
@@ -138,7 +140,9 @@ class NodeActor:
     def _look_for_ever(self) -> None:
         """A thread of its own: asking the driver may take seconds, which no beat must wait for."""
         while self._status.state == "serving":
-            self._memory = read_memory(self.plan.device, self.group.processes)
+            if self.plan.device == "cuda":
+                self.meter.sample()
+            self._memory = total_memory(self.meter.latest, self.group.processes)
             time.sleep(VITALS_SECONDS)
 
     def _beat(self) -> None:
@@ -153,6 +157,7 @@ class NodeActor:
             memory_used=self._memory.used if self._memory else None,
             memory_total=self._memory.total if self._memory else None,
             step_seconds=self.publisher.step_seconds,
+            gpus=self.meter.latest,
         )
         if not known:
             self.registry.register(self.info)
@@ -184,6 +189,7 @@ def model_card(spec: ModelSpec, name: str | None) -> ModelCard:
         default_shift=spec.shift,
         default_sampling_steps=spec.sampling_steps,
         default_guide_scale=spec.guide_scale,
+        loras=list(spec.loras),
     )
 
 

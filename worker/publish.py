@@ -17,6 +17,7 @@ from jobs.timings import Timings
 from worker.drain import Drain
 from worker.estimate import PUBLISHING_PROGRESS
 from worker.lease import Lease, tell
+from worker.spent import spent
 from worker.spool import Spool
 from worker.video import POSTER, VIDEO, VideoFacts, read_facts
 
@@ -106,8 +107,10 @@ class Publisher:
         manifest = facts.manifest | {"video": {"sha256": facts.sha256, "bytes": facts.bytes}}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
         keys = {name: artifact_key(job.id, job.token, name) for name in CONTENT_TYPES}
+        began = time.monotonic()
         for name, content_type in CONTENT_TYPES.items():
             self._put(job, keys[name], folder / name, content_type, lease)
+        upload = {Phase.PUBLISHING.value: round(time.monotonic() - began, 4)}
         return VideoResult(
             video_key=keys[VIDEO],
             poster_key=keys[POSTER],
@@ -118,7 +121,8 @@ class Publisher:
             fps=facts.fps,
             bytes=facts.bytes,
             sha256=facts.sha256,
-            seconds=facts.seconds,
+            seconds=facts.seconds | upload,
+            **spent(facts, self._store.settings.node_price_per_hour),
         )
 
     def _put(self, job: Job, key: str, path: Path, content_type: str, lease: Lease) -> None:

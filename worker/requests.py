@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from engine.config import GenerationRequest
+from engine.config import GenerationRequest, LoraUse
 from engine.specs import parse_size
 from jobs.job import Job
 from jobs.storage import ObjectStore
@@ -29,4 +29,5 @@ def engine_request(job: Job, folder: Path, storage: ObjectStore) -> GenerationRe
         solver=asked.sample_solver,
         negative_prompt=asked.negative_prompt,
         image=image,
+        loras=tuple(LoraUse(lora.name, lora.strength, lora.expert) for lora in asked.loras),
     )

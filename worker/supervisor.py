@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from engine.compiled import keep_compiled
 from worker.notice import Notice
 from worker.plan import NodePlan, grace_seconds, ray_environment
 from worker.processes import adopt_orphans, kill_descendants
@@ -80,10 +81,12 @@ class Supervisor:
     def _run_host(self) -> int:
         """Start a host and wait for its end; its exit code (negative: the signal that ended it)."""
         shutil.rmtree(self.plan.run_dir / "ray", ignore_errors=True)
+        environment = os.environ | ray_environment()
+        keep_compiled(self.plan.settings.data_dir.resolve() / "compiled", environment)
         with subprocess.Popen(
             [sys.executable, "-m", "worker.host"],
             stdin=subprocess.PIPE,
-            env=os.environ | ray_environment(),
+            env=environment,
             start_new_session=True,  # a terminal's Ctrl-C is for the supervisor alone
         ) as self._host:
             assert self._host.stdin is not None

@@ -77,18 +77,19 @@ async def _stream(svc: Services, job_id: str, after: str) -> AsyncIterator[str]:
         yield ": open\n"
         retry = "retry: 2000\n"
         async with svc.watcher.subscribe(job_id, after) as subscription:
+            over = False
             while not svc.stopping.is_set():
-                batch = await subscription.read(after, svc.settings.heartbeat_seconds)
+                batch = await subscription.read(after, 0 if over else svc.settings.heartbeat_seconds)
                 for event in batch:
                     data = json.dumps(event.data, ensure_ascii=False, separators=(",", ":"))
                     yield f"{retry}id: {event.id}\nevent: {event.type}\ndata: {data}\n\n"
                     after, retry = event.id, ""
-                if batch and batch[-1].type in ENDS:
+                if over or (batch and batch[-1].type in ENDS):
                     return
                 if not batch:
                     yield ": heartbeat\n"
-                    if await run_in_threadpool(_over, svc, job_id):
-                        return
+                    # Once more before the end: events may have come between the read and this look.
+                    over = await run_in_threadpool(_over, svc, job_id)
     except StoreUnavailable:
         return  # the client reconnects with Last-Event-ID and gets a 503 with Retry-After until Redis is back
     finally:

@@ -59,6 +59,7 @@ def model_view(card: ModelCard, live: bool) -> ModelOut:
         max_frame_num=card.max_frame_num,
         max_sampling_steps=card.max_sampling_steps,
         sample_solvers=card.sample_solvers,
+        loras=card.loras,
         defaults={
             "size": card.default_size,
             "frame_num": card.default_frame_num,

@@ -40,10 +40,10 @@ class Kept:
 class Scaler:
     """The service's own, every line of it but Redis' copy of its memory."""
 
-    name = "reel scaler"
     interval = 30.0
 
     def __init__(self, policy: Policy) -> None:
+        self.name = f"reel scaler, {policy.target_wait:.0f} s"
         self._policy = policy
         self._memory = Kept()
 

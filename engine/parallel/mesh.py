@@ -5,6 +5,8 @@ sequence part r % u. Any g of 1 or 2 and any u that divides the model's heads wi
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -12,9 +14,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.attention import Attend, Sequence, WholeSequence, sdpa
+from engine.attention import Attend, Overlap, Sequence, WholeSequence, sdpa
 from engine.parallel.collectives import all_gather
+from engine.parallel.exchange import Transport
+from engine.parallel.frames import StripedFrame
+from engine.parallel.symmetric import keep_multicast_off
+from engine.parallel.transport import Kind, choose_transport
 from engine.parallel.ulysses import UlyssesSequence
+from engine.parallel.watch import Watch, watch_ranks
+from engine.vae_blocks import Space, WholeFrame
+
+TIMEOUT_SECONDS = 30.0  # until a dead or hung rank is noticed
+MEETING_SECONDS = 1800.0  # for all ranks to have loaded
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,9 @@ class Mesh:
     guidance_group: dist.ProcessGroup | None = None  # the ranks with my sequence part
     ulysses_group: dist.ProcessGroup | None = None  # the ranks on my guidance branch
     control: dist.ProcessGroup | None = None  # all ranks, on the CPU: small decisions
+    transport: Transport | None = None  # of attention's data over the ulysses group
+    overlap: Overlap | None = None  # None: what is fastest for the layout
+    watch: Watch | None = None
 
     @staticmethod
     def single() -> "Mesh":
@@ -42,14 +56,19 @@ class Mesh:
         rank: int | None = None,
         world_size: int | None = None,
         init_method: str | None = None,
-        timeout_seconds: float = 600.0,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+        device: torch.device | None = None,
+        transport: Kind | None = None,
+        overlap: Overlap | None = None,
     ) -> "Mesh":
         """Join the ranks of torch.distributed, initialising it when it isn't yet; a collective call.
 
         Rank and world size come from the arguments or torchrun's environment. Without `guidance` and
         `ulysses`, an even number of ranks is split in two guidance branches, which measured faster than one
-        sequence over all; an odd number works on one sequence.
+        sequence over all; an odd number works on one sequence. `timeout_seconds` bounds how long a dead or
+        hung rank stays unnoticed. The transport is the asked one, or `REEL_TRANSPORT`'s, or the fastest.
         """
+        keep_multicast_off()
         if not dist.is_initialized():
             dist.init_process_group(
                 backend or ("nccl" if torch.cuda.is_available() else "gloo"),
@@ -58,19 +77,28 @@ class Mesh:
                 world_size=int(os.environ["WORLD_SIZE"]) if world_size is None else world_size,
                 timeout=timedelta(seconds=timeout_seconds),
             )
-        world = dist.get_world_size()
+        world, me = dist.get_world_size(), dist.get_rank()
+        if device is None:
+            on_gpu = dist.get_backend() == "nccl"
+            device = torch.device("cuda", me % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # before NCCL starts
         g, u = choose_layout(world, guidance, ulysses)
         grid = torch.arange(world).view(g, u)
-        me = dist.get_rank()
         own: dict[str, dist.ProcessGroup] = {}
         # Every rank must take part in making every group, its own or not.
         for kind, rows in (("ulysses", grid.tolist()), ("guidance", grid.T.tolist())):
             for ranks in rows:
-                group = dist.new_group(ranks)
+                group = dist.new_group(ranks, timeout=timedelta(seconds=timeout_seconds))
                 if me in ranks:
                     own[kind] = group
         control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
-        return Mesh(me, g, u, own["guidance"], own["ulysses"], control)
+        asked = transport or os.environ.get("REEL_TRANSPORT", "auto")
+        carrier = None
+        if u > 1:
+            carrier = choose_transport(asked, own["ulysses"], control, device, timeout_seconds)
+        watch = watch_ranks(control, timeout_seconds)
+        return Mesh(me, g, u, own["guidance"], own["ulysses"], control, carrier, overlap, watch)
 
     @property
     def size(self) -> int:
@@ -91,7 +119,17 @@ class Mesh:
         """How a transformer's tokens lie on this mesh."""
         if self.ulysses == 1 or self.ulysses_group is None:
             return WholeSequence(attend, cross_attend)
-        return UlyssesSequence(self.ulysses_group, attend, cross_attend)
+        # Two passes hide each other's transfers whole; one pass hides its own as far as it can.
+        best = Overlap(split_qkv=False) if self.guidance == 1 else Overlap(head_groups=2)
+        return UlyssesSequence(
+            self.ulysses_group, attend, cross_attend, self.transport, self.overlap or best, self.beat
+        )
+
+    def space(self, rows: int, columns: int) -> Space:
+        """How the ranks share frames of rows x columns latents in the VAE; too small ones aren't shared."""
+        if self.control is None or max(rows, columns) < self.size:
+            return WholeFrame()
+        return StripedFrame(None, rows, columns)
 
     def both_branches(self, mine: Tensor) -> Tensor:
         """The predictions of both guidance branches, [2, ...], from this rank's own, [1, ...]."""
@@ -109,9 +147,30 @@ class Mesh:
         dist.broadcast(box, src=0, group=self.control)
         return int(box.item())
 
+    def meet(self, seconds: float = MEETING_SECONDS) -> None:
+        """Wait for all ranks, longer than they may otherwise differ: after loading, which takes its time."""
+        if self.control is not None:
+            dist.monitored_barrier(self.control, timedelta(seconds=seconds))
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """While the ranks compute together; raises RankLost when one of them is lost."""
+        with self.watch.working() if self.watch is not None else nullcontext():
+            yield
+
+    def beat(self) -> None:
+        """This rank got on: it doesn't hang."""
+        if self.watch is not None:
+            self.watch.beat()
+
     def close(self) -> None:
-        """Leave torch.distributed."""
-        if self.control is not None and dist.is_initialized():
+        """Leave torch.distributed. After a rank was lost on GPUs only the end of the process frees all."""
+        if self.watch is not None:
+            self.watch.close()
+        if self.transport is not None:
+            self.transport.close()
+        lost_on_gpu = self.watch is not None and self.watch.lost and torch.cuda.is_available()
+        if self.control is not None and dist.is_initialized() and not lost_on_gpu:
             dist.destroy_process_group()
 
 

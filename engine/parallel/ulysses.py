@@ -2,32 +2,45 @@
 
 Tokens are split over u ranks, padded at the end to equal parts. Around self-attention an all-to-all turns
 "my tokens, all heads" into "all tokens, my heads" and back. Padding is cut off the keys before attention, so
-no mask is needed.
+no mask is needed. The transport carries the data while the model computes what it can (`Overlap`).
 
-Shapes: B batch, l this rank's tokens, L all tokens (padded), H heads, h = H/u heads of a rank, K head
-dimension, u ranks.
+Shapes: B batch, l this rank's tokens, L all tokens (padded), H heads, K head dimension, R ranks, G heads of a
+rank in one group.
 """
 
-import torch
+from collections.abc import Callable, Iterator
+
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.attention import Attend, sdpa
-from engine.parallel.collectives import all_gather, all_to_all
+from engine.attention import QKV, Attend, Overlap, sdpa
+from engine.parallel.collective import CollectiveTransport
+from engine.parallel.collectives import all_gather
+from engine.parallel.exchange import Exchange, Traffic, Transport
+from kernels.qk_norm_rope import SendLayout
 
 
 class UlyssesSequence:
     """The part of a sequence that one of the group's ranks holds."""
 
     def __init__(
-        self, group: dist.ProcessGroup, attend: Attend = sdpa, cross_attend: Attend | None = None
+        self,
+        group: dist.ProcessGroup,
+        attend: Attend = sdpa,
+        cross_attend: Attend | None = None,
+        transport: Transport | None = None,
+        overlap: Overlap | None = None,
+        on_begin: Callable[[], None] = lambda: None,
     ) -> None:
         self.group = group
         self.ranks = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
         self.attend = attend
         self.cross_attend = cross_attend or attend
+        self.transport = transport or CollectiveTransport(group)
+        self.overlap = overlap or Overlap()
+        self._on_begin = on_begin  # a sign of life, some times a step
 
     def part(self, length: int) -> int:
         """Tokens a rank, padding included."""
@@ -50,27 +63,50 @@ class UlyssesSequence:
         part = self.part(length)
         return max(0, min(part, first - self.rank * part))
 
+    def begin(self, shape: tuple[int, int, int, int], like: Tensor, lane: int = 0) -> "UlyssesRun":
+        """Start a self-attention of [B, l, H, K] tokens here."""
+        self._on_begin()
+        batch, tokens, heads, head_dim = shape
+        layout = SendLayout.of(heads, self.transport.ranks, self.overlap.head_groups)
+        traffic = Traffic(batch, tokens, layout, head_dim, like.dtype, like.device)
+        return UlyssesRun(self.transport.exchange(traffic, lane), traffic, self.attend)
+
     def self_attention(self, q_BlHK: Tensor, k_BlHK: Tensor, v_BlHK: Tensor, length: int) -> Tensor:
         """This rank's tokens' attention over all tokens, [B, l, H, K]."""
-        by_rank = torch.unflatten(torch.stack((q_BlHK, k_BlHK, v_BlHK)), 3, (self.ranks, -1)).movedim(3, 1)
-        q_uBlhK, k_uBlhK, v_uBlhK = by_rank.unbind(0)
-        return self.attend_by_rank(q_uBlhK, k_uBlhK, v_uBlhK, length).view(q_BlHK.shape)
-
-    def attend_by_rank(self, q_uBlhK: Tensor, k_uBlhK: Tensor, v_uBlhK: Tensor, length: int) -> Tensor:
-        """The same, [B, l, H * K], from heads grouped by the rank that attends them."""
-        q_BLhK, k_BLhK, v_BLhK = (self._tokens_for_heads(x) for x in (q_uBlhK, k_uBlhK, v_uBlhK))
-        o_BLhK = self.attend(q_BLhK, k_BLhK[:, :length], v_BLhK[:, :length])
-        return self._heads_for_tokens(o_BLhK)
+        run = self.begin((*q_BlHK.shape[:3], q_BlHK.shape[3]), v_BlHK)
+        run.send("v", v_BlHK, packed=False)
+        run.send("q", q_BlHK, packed=False)
+        run.send("k", k_BlHK, packed=False)
+        run.attend(length)
+        o_BlHK = q_BlHK.new_empty(q_BlHK.shape)
+        for columns, o_Bl_ in run.outputs():
+            o_BlHK.flatten(2)[:, :, columns] = o_Bl_
+        return o_BlHK
 
     def cross_attention(self, q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> Tensor:
         """Plain attention: every rank holds the whole text."""
         return self.cross_attend(q_BLHK, k_BTHK, v_BTHK)
 
-    def _tokens_for_heads(self, sent_uBlhK: Tensor) -> Tensor:
-        """[B, L, h, K]: give away the other ranks' heads, receive their tokens."""
-        return all_to_all(sent_uBlhK, self.group).movedim(0, 1).flatten(1, 2)
 
-    def _heads_for_tokens(self, o_BLhK: Tensor) -> Tensor:
-        """[B, l, H * K]: the way back."""
-        sent_uBlhK = torch.unflatten(o_BLhK, 1, (self.ranks, -1)).movedim(1, 0)
-        return all_to_all(sent_uBlhK, self.group).permute(1, 2, 0, 3, 4).flatten(2)
+class UlyssesRun:
+    """See `engine.attention.AttentionRun`."""
+
+    def __init__(self, exchange: Exchange, traffic: Traffic, attend: Attend) -> None:
+        self.layout = traffic.layout
+        self._exchange, self._traffic, self._attend = exchange, traffic, attend
+
+    def send(self, name: QKV, x: Tensor, packed: bool = True) -> None:
+        """Give away the other ranks' heads."""
+        self._exchange.send(name, x, packed)
+
+    def attend(self, length: int) -> None:
+        """Group by group: attend with my heads over all tokens, and send each rank its tokens' output."""
+        for group in range(len(self.layout.groups)):
+            v_BLGK, q_BLGK, k_BLGK = (self._exchange.receive(name, group) for name in ("v", "q", "k"))
+            o_BLGK = self._attend(q_BLGK, k_BLGK[:, :length], v_BLGK[:, :length])
+            self._exchange.send_back(group, o_BLGK)
+
+    def outputs(self) -> Iterator[tuple[slice, Tensor]]:
+        """As the groups come back."""
+        for group in range(len(self.layout.groups)):
+            yield self._traffic.columns(group), self._exchange.receive_back(group)

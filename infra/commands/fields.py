@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,6 +30,10 @@ GuideScale = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(help="The same seed and request give the same video.")]
 SampleSolver = Annotated[Solver | None, typer.Option(help="Sampler.")]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(help="A LoRA of the model's folder; repeatable.", metavar="NAME[:STRENGTH[:EXPERT]]"),
+]
 Image = Annotated[Path | None, typer.Option(help="Image to start from, for models that take one.")]
 
 
@@ -46,6 +50,25 @@ def parse_guide_scale(text: str | None) -> float | tuple[float, float] | None:
     if len(numbers) == 2:
         return numbers[0], numbers[1]
     raise CliError(f"--guide-scale: got {text!r}, expected a number or two with a comma, such as 3.0,4.0")
+
+
+def parse_loras(texts: list[str] | None) -> list[dict[str, Any]] | None:
+    """``["style:0.7:low"]`` to [{"name": "style", "strength": 0.7, "expert": "low"}]. Raises CliError."""
+    if not texts:
+        return None
+    loras: list[dict[str, Any]] = []
+    for text in texts:
+        name, strength, expert, *rest = *text.split(":"), "", ""
+        try:
+            lora = {"name": name, "strength": float(strength or 1.0), "expert": expert or "both"}
+        except ValueError:
+            lora = {}
+        if len(rest) > 2 or not lora or not name or lora["expert"] not in ("both", "high", "low"):
+            raise CliError(
+                f"--loras: got {text!r}, expected NAME, NAME:0.7 or NAME:0.7:EXPERT (both, high, low)"
+            )
+        loras.append(lora)
+    return loras
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:

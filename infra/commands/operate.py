@@ -8,19 +8,31 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from infra.commands.tables import (
+    JOB_COLUMNS,
+    NODE_COLUMNS,
+    QUEUE_COLUMNS,
+    job_rows,
+    node_rows,
+    queue_rows,
+)
 from infra.errors import CliError
 from infra.stack_env import Stack, use_stack
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from jobs.job import Job
     from jobs.keys import KeyStore
     from jobs.store import JobStore
 
 AsJson = Annotated[bool, typer.Option("--json", help="JSON lines instead of a table.")]
+Watch = Annotated[bool, typer.Option("--watch", "-w", help="Renew it every two seconds, until Ctrl-C.")]
 Limit = Annotated[int, typer.Option(min=1, max=1000, help="How many at most.")]
 KeyId = Annotated[str, typer.Argument(help="As `reel keys list` shows it.")]
 Overlap = Annotated[float, typer.Option(min=0, help="Hours for which the old one goes on.")]
 PANEL = "Operate"
+WATCH_SECONDS = 2.0
 keys_app = typer.Typer(help="API keys: create, list, rotate, revoke.", no_args_is_help=True)
 dead_app = typer.Typer(help="The dead letter: jobs that used up their attempts.", no_args_is_help=True)
 
@@ -30,30 +42,50 @@ def jobs(
     model: Annotated[str | None, typer.Option(help="Of this model alone.")] = None,
     limit: Limit = 20,
     as_json: AsJson = False,
+    watch: Watch = False,
     stack: Stack = None,
 ) -> None:
-    """List jobs of all keys, newest first."""
+    """List jobs of all keys, newest first; with --watch, the queue above them, live."""
     use_stack(stack, "REEL_REDIS_URL")
     from jobs.job import JobState
 
     if state is not None and state not in set(JobState):
         raise CliError(f"--state: got {state!r}, expected one of {', '.join(JobState)}")
     wanted = JobState(state) if state else None
-    found, _ = _store().list("*", state=wanted, model=model, limit=limit)
+    store = _store()
+    if watch:
+        _no_json(as_json)
+        from infra.commands import live
+
+        def look() -> "list[Table]":
+            found, _ = store.list("*", state=wanted, model=model, limit=limit)
+            queue = live.table("queue", QUEUE_COLUMNS, queue_rows(store.queue_stats()))
+            return [queue, live.table("jobs", JOB_COLUMNS, job_rows(found, time.time()))]
+
+        live.watch(look, WATCH_SECONDS)
+    found, _ = store.list("*", state=wanted, model=model, limit=limit)
     _show_jobs(found, as_json)
 
 
-def nodes(as_json: AsJson = False, stack: Stack = None) -> None:
-    """List nodes: state, what they run, when they were last heard of."""
+def nodes(as_json: AsJson = False, watch: Watch = False, stack: Stack = None) -> None:
+    """List nodes: state, what they run, how busy their GPUs are, when they were last heard of."""
     use_stack(stack, "REEL_REDIS_URL")
     from jobs.nodes import NodeRegistry
 
-    rows = [node.model_dump(mode="json") for node in NodeRegistry(_redis()).list()]
+    registry = NodeRegistry(_redis())
+    if watch:
+        _no_json(as_json)
+        from infra.commands import live
+
+        live.watch(
+            lambda: [live.table("nodes", NODE_COLUMNS, node_rows(registry.list(), time.time()))],
+            WATCH_SECONDS,
+        )
+    found = registry.list()
     if as_json:
-        _lines(rows)
+        _lines([node.model_dump(mode="json") for node in found])
         return
-    columns = ("id", "state", "model", "ranks", "device", "job_id", "drain_requested")
-    _table(columns, [[_cell(row.get(name)) for name in columns] for row in rows])
+    _table(NODE_COLUMNS, node_rows(found, time.time()))
 
 
 def drain(
@@ -203,22 +235,12 @@ def _show_jobs(found: "Sequence[Job]", as_json: bool) -> None:
     if as_json:
         _lines([jsonable(job) for job in found])
         return
-    now = time.time()
-    columns = ("id", "state", "progress", "age", "model", "key", "node", "why")
-    rows = [
-        [
-            job.id,
-            job.state.value,
-            f"{job.progress:.0%}",
-            f"{now - job.created_at:.0f} s",
-            job.request.model,
-            job.key_id,
-            job.owner or "",
-            job.error.detail if job.error else "",
-        ]
-        for job in found
-    ]
-    _table(columns, rows)
+    _table(JOB_COLUMNS, job_rows(found, time.time()))
+
+
+def _no_json(as_json: bool) -> None:
+    if as_json:
+        raise CliError("--watch draws a table; for programs, run the command with --json in a loop")
 
 
 def _cell(value: Any) -> str:

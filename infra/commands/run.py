@@ -1,5 +1,6 @@
 """`reel run` and `reel make-tiny`: the engine without any service."""
 
+import logging
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -35,13 +36,28 @@ def run(
     guide_scale: fields.GuideScale = None,
     seed: fields.Seed = None,
     sample_solver: fields.SampleSolver = None,
+    loras: fields.Loras = None,
+    lora_dir: Annotated[
+        Path | None, typer.Option(help="LoRAs' folder; else the checkpoint's loras/.")
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare the files' checksums first.")] = False,
+    gpu_memory_gib: Annotated[
+        float | None, typer.Option(help="GiB of a GPU that may be used; else all that is free.")
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show the memory plan and loading rates.")
+    ] = False,
 ) -> None:
     """Make a video in this process, or in all processes of a torchrun; no queue, no Redis, no S3."""
     checkpoint = given_model(model)
     wanted_size, guidance = fields.parse_size(size), fields.parse_guide_scale(guide_scale)
     if image is not None and not image.is_file():
         raise CliError(f"--image: {image} is no file")
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+    from engine.config import LoraUse
     from engine.run import run as run_engine
+
+    uses = tuple(LoraUse(**lora) for lora in fields.parse_loras(loras) or [])
 
     run_engine(
         model=checkpoint,
@@ -58,6 +74,10 @@ def run(
         guide_scale=guidance,
         seed=seed,
         sample_solver=sample_solver.value if sample_solver else None,
+        loras=uses,
+        lora_dir=lora_dir,
+        verify=verify,
+        gpu_memory=None if gpu_memory_gib is None else int(gpu_memory_gib * 2**30),
     )
 
 

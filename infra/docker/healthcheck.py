@@ -1,7 +1,9 @@
-"""A container's health check: `python -m infra.docker.healthcheck api | celery | node`; exit code 0: healthy.
+"""A container's health check: `python -m infra.docker.healthcheck api | celery | node | metrics PORT`; exit
+code 0: healthy.
 
-api: /healthz answers 200. celery: Redis answers (the process itself is the container's). node: the registry
-has heard of it lately; a node is its container's only user of REEL_NODE_ID, or of its host name's.
+api: /healthz answers 200. celery: Redis answers (the process itself is the container's). metrics: /metrics on
+PORT answers 200. node: the registry has heard of it lately; a node is its container's only user of
+REEL_NODE_ID, or of its host name's.
 """
 
 import os
@@ -13,12 +15,12 @@ import urllib.request
 
 def api() -> bool:
     """Whether the process answers; /readyz would also need a node, which may come later."""
-    port = os.environ.get("REEL_API_PORT", "8080")
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=4) as answer:
-            return bool(answer.status == 200)
-    except (OSError, urllib.error.URLError):
-        return False
+    return _answers(os.environ.get("REEL_API_PORT", "8080"), "healthz")
+
+
+def metrics() -> bool:
+    """Whether an exporter serves its metrics."""
+    return _answers(sys.argv[2], "metrics")
 
 
 def celery() -> bool:
@@ -41,10 +43,18 @@ def node() -> bool:
     return any(one.id == settings.node_id if settings.node_id else one.id.startswith(host) for one in nodes)
 
 
+def _answers(port: str, path: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", timeout=4) as answer:
+            return bool(answer.status == 200)
+    except (OSError, urllib.error.URLError):
+        return False
+
+
 if __name__ == "__main__":
-    checks = {"api": api, "celery": celery, "node": node}
-    if len(sys.argv) != 2 or sys.argv[1] not in checks:
-        sys.exit(f"got {sys.argv[1:]}, expected one of {', '.join(checks)}")
+    checks = {"api": api, "celery": celery, "node": node, "metrics": metrics}
+    if len(sys.argv) != (3 if sys.argv[1:2] == ["metrics"] else 2) or sys.argv[1] not in checks:
+        sys.exit(f"got {sys.argv[1:]}, expected one of {', '.join(checks)}, with a port after metrics")
     try:
         sys.exit(0 if checks[sys.argv[1]]() else 1)
     except Exception as error:

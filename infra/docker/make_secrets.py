@@ -1,11 +1,16 @@
 """Make the secrets that docker-compose.yml mounts, once: `python infra/docker/make_secrets.py [FOLDER]`.
 
+    python infra/docker/make_secrets.py --rotate node     a second password for a role, beside the old one
+    python infra/docker/make_secrets.py --finish node     the old one goes
+
 Standard library only. An existing folder is left alone, so that a second run changes no password. Redis and
 S3 get one user a role, here and in the local stack: a node can neither read API keys or webhook secrets, nor
 make keys, nor administer Redis, and in S3 it reads input images and writes videos alone.
 """
 
+import argparse
 import json
+import re
 import secrets
 import sys
 from pathlib import Path
@@ -26,19 +31,24 @@ WHOLE_KEYS = (
     "garbage",
     "outbox",
     "outbox:dead",
+    "outcomes",
     "nodes",
     "models",
     "uploads",
     "uploads:users",
 )
-ROLES = ("api", "celery", "node", "ops")
+ROLES = ("api", "celery", "node", "scaler", "ops")
+S3_ROLES = ("api", "celery", "node", "ops")  # the scaler has no business there
 
 
 def key_patterns(role: str) -> str:
     """Which keys a role's user may touch."""
-    if role != "node":
+    if role not in ("node", "scaler"):
         return "~reel:*"
-    return " ".join([*(f"~reel:{name}:*" for name in JOB_KEYS), *(f"~reel:{name}" for name in WHOLE_KEYS)])
+    more = ["~reel:scaler:*"] if role == "scaler" else []
+    return " ".join(
+        [*(f"~reel:{name}:*" for name in JOB_KEYS), *(f"~reel:{name}" for name in WHOLE_KEYS), *more]
+    )
 
 
 def acl(passwords: dict[str, str]) -> str:
@@ -67,7 +77,7 @@ def s3(secret_keys: dict[str, str], bucket: str = BUCKET) -> str:
             "credentials": [{"accessKey": role, "secretKey": secret_keys[role]}],
             "actions": actions[role],
         }
-        for role in ROLES
+        for role in S3_ROLES
     ]
     return json.dumps({"identities": identities}, indent=1) + "\n"
 
@@ -76,30 +86,69 @@ def make(folder: Path, host: str = HOST) -> None:
     """Write every secret into `folder`, each file readable by its owner alone."""
     folder.mkdir(parents=True, mode=0o700)
     passwords = {role: secrets.token_hex(24) for role in ROLES}
-    s3_secrets = {role: secrets.token_hex(24) for role in ROLES}
+    s3_secrets = {role: secrets.token_hex(24) for role in S3_ROLES}
     files = {
         "users.acl": acl(passwords),
         "secret_key": secrets.token_hex(32) + "\n",
         "s3.json": s3(s3_secrets),
-        **{f"s3_secret_{role}": s3_secrets[role] + "\n" for role in ROLES},
+        **{f"s3_secret_{role}": s3_secrets[role] + "\n" for role in S3_ROLES},
         "grafana_password": secrets.token_hex(12) + "\n",
         **{f"redis_url_{role}": f"redis://{role}:{passwords[role]}@{host}/0\n" for role in ROLES},
     }
     for name, text in files.items():
-        path = folder / name
-        path.touch(mode=0o600)
-        path.write_text(text)
-        path.chmod(0o444)  # the folder is closed; inside their containers other users read the files
+        write(folder / name, text)
+
+
+def write(path: Path, text: str) -> None:
+    """In place, since a container that has the file mounted sees this one and no successor of its name."""
+    path.touch(mode=0o600)
+    path.chmod(0o600)
+    path.write_text(text)
+    path.chmod(0o444)  # the folder is closed; inside their containers other users read the files
+
+
+def rotate(folder: Path, role: str) -> None:
+    """Give a role's Redis user a new password beside its old one, and its URL the new one."""
+    acl, url = folder / "users.acl", folder / f"redis_url_{role}"
+    new = secrets.token_hex(24)
+    users = re.sub(rf"^(user {role} on) ", rf"\1 >{new} ", acl.read_text(), flags=re.MULTILINE)
+    address = re.sub(r"(?<=//)[^@]*(?=@)", f"{role}:{new}", url.read_text())
+    write(acl, users)
+    write(url, address)
+
+
+def finish(folder: Path, role: str) -> None:
+    """Leave a role's Redis user no password but the one in its URL."""
+    found = re.search(r"//[^:]*:([^@]*)@", (folder / f"redis_url_{role}").read_text())
+    if found is None:
+        raise ValueError(f"{folder}/redis_url_{role} has no password; expected redis://{role}:...@HOST")
+    acl = folder / "users.acl"
+    users = re.sub(rf"^(user {role} on)( >\S+)+", rf"\1 >{found[1]}", acl.read_text(), flags=re.MULTILINE)
+    write(acl, users)
 
 
 def main() -> None:
     """The command."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("secrets")
-    if folder.exists():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("secrets"))
+    step = parser.add_mutually_exclusive_group()
+    step.add_argument("--rotate", choices=ROLES)
+    step.add_argument("--finish", choices=ROLES)
+    args = parser.parse_args()
+    folder: Path = args.folder
+    if role := args.rotate or args.finish:
+        if not folder.is_dir():
+            sys.exit(f"{folder} is not there: run this without --rotate or --finish first")
+        (rotate if args.rotate else finish)(folder, role)
+        then = "restart what logs in as it, then --finish" if args.rotate else "the old password is void then"
+        print(f"changed {role} in {folder}: have Redis read it (ACL LOAD); {then}")
+    elif folder.exists():
         print(f"{folder} is there already: nothing was changed")
-        return
-    make(folder)
-    print(f"made {folder}; keep it out of version control and backups that others read")
+    else:
+        make(folder)
+        print(f"made {folder}; keep it out of version control and backups that others read")
 
 
 if __name__ == "__main__":

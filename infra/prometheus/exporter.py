@@ -7,102 +7,24 @@ index). Run exactly one. Counters start at zero with the process, as Prometheus 
 
 import json
 import threading
+from collections.abc import Iterable
 from typing import Any
 
-from prometheus_client import CollectorRegistry, start_http_server
-from prometheus_client.core import Counter, Gauge, Histogram
+from prometheus_client import start_http_server
 
+from infra.prometheus.families import JobMetrics
 from infra.scaler.observe import gpu_seconds
 from jobs.client import connect, guard
 from jobs.errors import JobNotFound, StoreUnavailable
-from jobs.job import Job, JobState
-from jobs.nodes import NodeRegistry
+from jobs.job import Job, JobState, Phase
+from jobs.nodes import NodeInfo, NodeRegistry
+from jobs.records import pairs
 from jobs.scripts import PREFIX
 from jobs.settings import Settings
 from jobs.store import JobStore
 
 LOOK_SECONDS = 5.0
 BATCH = 500  # ended jobs counted in one look; the rest come with the next
-LONG = (1, 5, 15, 30, 60, 90, 120, 180, 300, 600, 1200, 2400, 4800, 9600)
-SHORT = (0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 10, 30, 60)
-
-
-class JobMetrics:
-    """The families, on a registry of their own."""
-
-    def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-        by_model, by_priority = ["model"], ["model", "priority"]
-        self.finished = Counter(
-            "reel_jobs_finished_total", "Jobs that ended.", [*by_priority, "state"], registry=registry
-        )
-        self.wait = Histogram(
-            "reel_job_wait_seconds",
-            "From submit to the last start.",
-            by_priority,
-            buckets=LONG,
-            registry=registry,
-        )
-        self.total = Histogram(
-            "reel_job_total_seconds", "From submit to success.", by_priority, buckets=LONG, registry=registry
-        )
-        self.phase = Histogram(
-            "reel_job_phase_seconds",
-            "Wall seconds by phase.",
-            ["model", "phase"],
-            buckets=LONG,
-            registry=registry,
-        )
-        self.step = Histogram(
-            "reel_step_seconds",
-            "Denoising seconds a step.",
-            ["model", "size"],
-            buckets=SHORT,
-            registry=registry,
-        )
-        self.gap = Histogram(
-            "reel_node_idle_gap_seconds",
-            "From free GPUs to the next claim on a node, while a job was waiting.",
-            by_model,
-            buckets=SHORT,
-            registry=registry,
-        )
-        self.node_seconds = Counter(
-            "reel_job_node_seconds_total",
-            "Seconds that ended jobs held a node's GPUs.",
-            by_model,
-            registry=registry,
-        )
-        self.failures = Counter(
-            "reel_attempts_failed_total",
-            "Failed attempts of ended jobs, by the error's type (lease-lost: the node died).",
-            ["model", "type"],
-            registry=registry,
-        )
-        self._gauges(registry)
-
-    def _gauges(self, registry: CollectorRegistry) -> None:
-        self.dead = Gauge("reel_dead_letters", "Jobs in the dead letter.", registry=registry)
-        self.hooks = Gauge(
-            "reel_webhooks",
-            "Jobs with a webhook due or waiting, and webhooks given up.",
-            ["state"],
-            registry=registry,
-        )
-        self.late = Gauge(
-            "reel_webhook_late_seconds", "How long the next webhook is overdue.", registry=registry
-        )
-        self.nodes = Gauge(
-            "reel_model_nodes", "Nodes by model and state.", ["model", "state"], registry=registry
-        )
-        self.memory = Gauge("reel_redis_memory_bytes", "Memory that Redis uses.", registry=registry)
-        self.limit = Gauge("reel_redis_memory_limit_bytes", "Its maxmemory; 0: none.", registry=registry)
-        self.saved = Gauge(
-            "reel_redis_persistence_ok", "1 when the last AOF write and rewrite went well.", registry=registry
-        )
-        self.looked = Gauge(
-            "reel_exporter_look_timestamp_seconds", "The last look, Unix time.", registry=registry
-        )
 
 
 class Exporter:
@@ -117,6 +39,9 @@ class Exporter:
         self._since: tuple[float, str] | None = None  # end and id of the last job that was counted
         self._free: dict[str, float] = {}  # node to the time its GPUs were free
         self._shown: set[tuple[str, str]] = set()
+        self._first = True
+        self._outcomes: dict[str, int] = {}  # webhook attempts by outcome, as counted so far
+        self._gpus: set[tuple[str, str, str]] = set()
 
     def look(self) -> None:
         """Count what ended since the last look; show what is now. Raises StoreUnavailable."""
@@ -153,6 +78,7 @@ class Exporter:
         metrics.finished.labels(model, priority, job.state.value).inc()
         if job.started_at is not None:
             metrics.wait.labels(model, priority).observe(max(0.0, job.started_at - job.created_at))
+        metrics.retries.labels(model).inc(max(0, job.token - 1))
         if job.attempts:
             for kind in self._failed_attempts(job):
                 metrics.failures.labels(model, kind).inc()
@@ -162,6 +88,13 @@ class Exporter:
             metrics.total.labels(model, priority).observe(job.finished_at - job.created_at)
         for phase, seconds in job.result.seconds.items():
             metrics.phase.labels(model, phase).observe(seconds)
+        metrics.bytes.labels(model).inc(job.result.bytes)
+        if upload := job.result.seconds.get(Phase.PUBLISHING):
+            metrics.upload.labels(model).observe(upload)
+        if job.result.gpu_seconds is not None:
+            metrics.gpu_seconds.labels(model, job.result.device).inc(job.result.gpu_seconds)
+        if job.result.cost is not None:
+            metrics.cost.labels(model, job.result.device).inc(job.result.cost)
         if denoising := job.result.seconds.get("denoising"):
             metrics.step.labels(model, job.request.size).observe(denoising / job.request.sampling_steps)
         self._count_node(job)
@@ -198,13 +131,15 @@ class Exporter:
             for command in (("ZCARD", "dead"), ("ZCARD", "outbox"), ("ZCARD", "outbox:dead")):
                 pipe.execute_command(command[0], PREFIX + command[1])
             pipe.execute_command("ZRANGE", f"{PREFIX}outbox", 0, 0, "WITHSCORES")
-            dead, pending, given_up, head = pipe.execute()
+            pipe.execute_command("HGETALL", f"{PREFIX}outcomes")
+            dead, pending, given_up, head, outcomes = pipe.execute()
             info: dict[str, Any] = self._redis.execute_command("INFO")
         metrics.dead.set(dead)
         metrics.hooks.labels("pending").set(pending)
         metrics.hooks.labels("dead").set(given_up)
         due = [float(score) for _, score in _pairs(head)]
         metrics.late.set(max(0.0, now - due[0]) if due else 0.0)
+        self._count_outcomes({name: int(count) for name, count in pairs(outcomes).items()})
         metrics.memory.set(info["used_memory"])
         metrics.limit.set(info.get("maxmemory", 0))
         states = ("aof_last_write_status", "aof_last_bgrewrite_status")
@@ -222,7 +157,29 @@ class Exporter:
         for key, count in counts.items():
             self.metrics.nodes.labels(*key).set(count)
         self._shown = set(counts)
+        self._show_gpus(nodes)
         self._free = {name: at for name, at in self._free.items() if name in {node.id for node in nodes}}
+
+    def _show_gpus(self, nodes: Iterable[NodeInfo]) -> None:
+        metrics, shown = self.metrics, set()
+        for node in nodes:
+            for gpu in node.gpus:
+                labels = (node.model, node.id, str(gpu.index))
+                shown.add(labels)
+                metrics.gpu_busy.labels(*labels).set(gpu.busy)
+                metrics.gpu_memory.labels(*labels).set(gpu.memory_used)
+                metrics.gpu_total.labels(*labels).set(gpu.memory_total)
+        for labels in self._gpus - shown:  # a node that left would show its last load for ever
+            for family in (metrics.gpu_busy, metrics.gpu_memory, metrics.gpu_total):
+                family.remove(*labels)
+        self._gpus = shown
+
+    def _count_outcomes(self, totals: dict[str, int]) -> None:
+        """Redis counts for ever; ours begins with the process, as all counters do."""
+        for name, total in totals.items():
+            new = total - self._outcomes.get(name, total if self._first else 0)
+            self.metrics.outcomes.labels(name).inc(max(0, new))
+        self._outcomes, self._first = totals, False
 
 
 def _pairs(reply: Any) -> list[tuple[str, float]]:

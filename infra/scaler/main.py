@@ -77,7 +77,7 @@ class Loop:
         self._metrics = metrics
         self._say = say
         self._stop = threading.Event()
-        self._said: dict[str, tuple[str, ...]] = {}
+        self._said: dict[str, object] = {}  # by model: the last decision that was told
 
     def run(self, once: bool) -> int:
         """Until a signal, or one pass."""
@@ -118,9 +118,11 @@ class Loop:
                 self._metrics.failed(pool.model)
                 continue
             self._metrics.passed(done)
-            if done.done != self._said.get(pool.model):  # say it when something changed
+            decision = done.decision
+            news = (decision.capacity, decision.target, decision.add, decision.drain, decision.remove)
+            if news != self._said.get(pool.model):  # not at every pass: its figures always change a little
                 report(done, self._say)
-                self._said[pool.model] = done.done
+                self._said[pool.model] = news
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop.set()

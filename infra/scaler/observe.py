@@ -14,6 +14,7 @@ from jobs.nodes import NodeInfo, NodeRegistry
 from jobs.store import JobStore
 
 SAMPLE = 100  # latest finished, waiting and running jobs that are looked at for job times
+QUIET_SECONDS = 15.0  # a node beats every second: a foreign one that is silent for so long is no capacity
 Shape = tuple[str, int, int]  # size, frames, steps: what decides how long a job takes
 
 
@@ -118,7 +119,11 @@ def look(
     for name, since in memory.orders:  # ordered a moment ago: the cloud's list may lag
         known.setdefault(name, Rented(name, Health.PENDING, since))
     machines = [_machine(known[name], by_name.get(name), memory, price) for name in sorted(known)]
-    machines += [_fixed(node) for name, node in sorted(by_name.items()) if name not in known]
+    machines += [
+        _fixed(node)
+        for name, node in sorted(by_name.items())
+        if name not in known and now - node.seen_at <= QUIET_SECONDS
+    ]
     waiting, running, seconds = load
     return Seen(now, waiting, running, seconds, tuple(machines))
 

@@ -22,6 +22,7 @@ local function finish_one(one, state, problem)
 end
 
 redis.call('HSET', key, 'status', ARGV[5])
+redis.call('HINCRBY', P .. 'outcomes', outcome, 1) -- for the exporter
 if outcome == 'retry' then
   local due = seconds(now + tonumber(ARGV[7]))
   redis.call('HSET', key, 'error', ARGV[6], 'lease_until', '', 'next_at', due)

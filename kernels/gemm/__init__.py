@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels import tables
 from kernels.gemm import reference
 
-__all__ = ["linear", "linear_gated", "linear_gelu", "table_key"]
+__all__ = ["add_product", "linear", "linear_gated", "linear_gelu", "table_key"]
 
 LIBRARY: dict[str, Any] = {"backend": "library"}
 
@@ -63,7 +63,7 @@ def linear_gelu(x_BLK: Tensor, weight_NK: Tensor, bias_N: Tensor) -> Tensor:
     out = _ours(_choice("gelu", x_BLK, weight_NK), x_BLK, weight_NK, bias_N, 1)
     if out is not None:
         return out
-    if x_BLK.is_cuda and x_BLK.dtype in (torch.bfloat16, torch.float16):
+    if (x_BLK.is_cuda or x_BLK.is_meta) and x_BLK.dtype in (torch.bfloat16, torch.float16):
         return reference.library_gelu(x_BLK, weight_NK, bias_N)
     return reference.linear_gelu(x_BLK, weight_NK, bias_N)
 
@@ -82,3 +82,8 @@ def linear_gated(
     if out is not None:
         return out
     return reference.linear_gated(x_BLK, weight_NK, bias_N, residual_BLN, gate_BSN, split)
+
+
+def add_product(total_MN: Tensor | None, x_MK: Tensor, weight_NK: Tensor) -> Tensor:
+    """total + x W^T, [M, N] in fp32: a product whose K comes in parts. None for the first part's total."""
+    return reference.add_product(total_MN, x_MK, weight_NK)

@@ -37,3 +37,13 @@ def library_gelu(x_BLK: Tensor, weight_NK: Tensor, bias_N: Tensor) -> Tensor:
     flat = x_BLK.flatten(0, -2)
     out: Tensor = torch._addmm_activation(bias_N, flat, weight_NK.t(), use_gelu=True)
     return out.view(*x_BLK.shape[:-1], -1)
+
+
+def add_product(total_MN: Tensor | None, x_MK: Tensor, weight_NK: Tensor) -> Tensor:
+    """total + x W^T in fp32, by cuBLAS with fp32 results of half-precision operands on CUDA."""
+    if not x_MK.is_cuda or x_MK.dtype == torch.float32:
+        product = x_MK.float() @ weight_NK.float().t()
+        return product if total_MN is None else total_MN + product
+    if total_MN is None:
+        return torch.mm(x_MK, weight_NK.t(), out_dtype=torch.float32)
+    return torch.addmm(total_MN, x_MK, weight_NK.t(), out_dtype=torch.float32)

@@ -1,6 +1,7 @@
 """LayerNorm with modulation, alone or fused with the residual's update before it.
 
-The torch reference runs on a CPU, the Triton kernel on CUDA.
+The torch reference runs on a CPU, the Triton kernel on CUDA; on the meta device only the kernel's memory
+is accounted for.
 """
 
 import torch
@@ -18,6 +19,8 @@ def normalize(x_BLD: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
         from kernels.norm_modulate import triton
 
         return triton.normalize(x_BLD, norm, dtype)
+    if x_BLD.is_meta:
+        return torch.empty_like(x_BLD, dtype=dtype)
     return reference.normalize(x_BLD, norm, dtype)
 
 
@@ -32,4 +35,6 @@ def add_normalize(
         from kernels.norm_modulate import triton
 
         return triton.add_normalize(x_BLD, y_BLD, gate_BSD, norm, dtype)
+    if x_BLD.is_meta:
+        return torch.empty_like(y_BLD, dtype=x_BLD.dtype), torch.empty_like(y_BLD, dtype=dtype)
     return reference.add_normalize(x_BLD, y_BLD, gate_BSD, norm, dtype)

@@ -1,11 +1,13 @@
 """RMSNorm over the full width, 3-D RoPE and the all-to-all's layout in plain torch.
 
-Shapes: B batch, L tokens here, D features, H heads, K head dimension, R ranks, G = H / R heads a rank.
+Shapes: B batch, L tokens here, D features, H heads, K head dimension.
 All arithmetic is fp32 (fp64 for fp64 inputs); each result is rounded once.
 """
 
 import torch
 from torch import Tensor
+
+from kernels.qk_norm_rope.layout import SendLayout
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -25,24 +27,28 @@ def apply_rope(x_BLHK: Tensor, cos_LK: Tensor, sin_LK: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
+def norm_rope(
+    x_BLD: Tensor, weight_D: Tensor, rope: tuple[Tensor, Tensor], layout: SendLayout, eps: float
+) -> Tensor:
+    """q or k alone: [B, L, H, K] elements in `layout`, normed and rotated."""
+    x = _wide(x_BLD)
+    x = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * _wide(weight_D)
+    x_BLHK = apply_rope(torch.unflatten(x, -1, (layout.heads, -1)), *rope)
+    return layout.pack(x_BLHK.to(x_BLD.dtype))
+
+
 def qk_norm_rope(
     qkv_BLD: Tensor,
     weight_q_D: Tensor,
     weight_k_D: Tensor,
     rope: tuple[Tensor, Tensor],
-    heads: int,
-    ranks: int,
+    layout: SendLayout,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed q, k, v [B, L, 3 * D] -> each [R, B, L, G, K] in qkv's dtype, q and k normed and rotated."""
-    batch, length, packed = qkv_BLD.shape
-    q, k, v = qkv_BLD.view(batch, length, 3, packed // 3).unbind(2)
-    parts = []
-    for x, weight in ((q, weight_q_D), (k, weight_k_D)):
-        x = _wide(x)
-        x = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * _wide(weight)
-        parts.append(apply_rope(x.view(batch, length, heads, -1), *rope).to(qkv_BLD.dtype))
-    parts.append(v)
-    shape = (batch, length, ranks, heads // ranks, packed // 3 // heads)
-    q, k, v = (x.reshape(shape).permute(2, 0, 1, 3, 4).contiguous() for x in parts)
-    return q, k, v
+    """Packed q, k, v [B, L, 3 * D] -> (q, k, v), [B, L, H, K] elements each in `layout`."""
+    q_BLD, k_BLD, v_BLD = qkv_BLD.chunk(3, dim=-1)
+    return (
+        norm_rope(q_BLD, weight_q_D, rope, layout, eps),
+        norm_rope(k_BLD, weight_k_D, rope, layout, eps),
+        layout.pack(torch.unflatten(v_BLD, -1, (layout.heads, -1))),
+    )

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.qk_norm_rope.layout import SendLayout
 from kernels.tables import setting
 
 DEFAULT = {"rows": 1, "warps": 4}
@@ -28,11 +29,12 @@ def _qk_kernel(
     length,
     x_row_stride,
     part_stride,
-    rank_stride,
     eps,
     D: tl.constexpr,
     K: tl.constexpr,
-    RANK_WIDTH: tl.constexpr,
+    RANKS: tl.constexpr,
+    WIDTH: tl.constexpr,  # features of one rank in the first group of heads
+    WIDTH_2: tl.constexpr,  # and in the second, 0 if there is none
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     ROPE: tl.constexpr,
@@ -42,9 +44,17 @@ def _qk_kernel(
     cols = tl.arange(0, BLOCK)
     valid = (row < rows)[:, None] & (cols < D)[None, :]
     x_at = row.to(tl.int64)[:, None] * x_row_stride + part * D + cols[None, :]
-    rank = cols // RANK_WIDTH
-    within = rank.to(tl.int64) * rank_stride + cols % RANK_WIDTH
-    out_at = part.to(tl.int64) * part_stride + row.to(tl.int64)[:, None] * RANK_WIDTH + within[None, :]
+    entry, token = (row // length).to(tl.int64)[:, None], row % length
+    # [entry, rank, token, feature of the rank], one such block a group of heads
+    rank, within = (cols // WIDTH)[None, :], (cols % WIDTH)[None, :]
+    out_at = ((entry * RANKS + rank) * length + token[:, None]) * WIDTH + within
+    if WIDTH_2 > 0:
+        beyond = cols - RANKS * WIDTH
+        rank, within = (beyond // WIDTH_2)[None, :], (beyond % WIDTH_2)[None, :]
+        second_at = ((entry * RANKS + rank) * length + token[:, None]) * WIDTH_2 + within
+        second_at += rows.to(tl.int64) * (RANKS * WIDTH)
+        out_at = tl.where((beyond >= 0)[None, :], second_at, out_at)
+    out_at += part.to(tl.int64) * part_stride
 
     loaded = tl.load(x_ptr + x_at, mask=valid, other=0.0)
     if part == 2:
@@ -59,7 +69,6 @@ def _qk_kernel(
         x = x * inverse[:, None] * weight[None, :]
         if ROPE:
             pair = tl.arange(0, BLOCK // 2)
-            token = row % length
             table_at = token[:, None] * (K // 2) + (pair % (K // 2))[None, :]
             inside = (row < rows)[:, None] & (pair < D // 2)[None, :]
             cos = tl.load(cos_ptr + table_at, mask=inside, other=0.0)
@@ -77,32 +86,21 @@ def _check_rows(x_BLD: Tensor, what: str) -> None:
 def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """RMSNorm over the full width (all heads together), contiguous, in x's dtype."""
     _check_rows(x_BLD, "rms_norm's input")
-    batch, length, dim = x_BLD.shape
     out = torch.empty(x_BLD.shape, dtype=x_BLD.dtype, device=x_BLD.device)
-    if out.numel() == 0:
-        return out
-    tuned = setting("rms_norm", f"{dim}", x_BLD.device, DEFAULT)
-    _qk_kernel[(triton.cdiv(batch * length, tuned["rows"]), 1)](
-        x_BLD,
-        weight_D,
-        weight_D,
-        weight_D,
-        weight_D,
-        out,
-        batch * length,
-        length,
-        x_BLD.stride(1),
-        0,
-        0,
-        eps,
-        D=dim,
-        K=2,
-        RANK_WIDTH=dim,
-        BLOCK=triton.next_power_of_2(dim),
-        ROWS=tuned["rows"],
-        ROPE=False,
-        num_warps=tuned["warps"],
-    )
+    _launch("rms_norm", x_BLD, weight_D, weight_D, None, SendLayout(1, (1,)), eps, out, 1)
+    return out
+
+
+def norm_rope(
+    x_BLD: Tensor, weight_D: Tensor, rope: tuple[Tensor, Tensor], layout: SendLayout, eps: float
+) -> Tensor:
+    """q or k alone: normed, rotated, [B, L, H, K] elements in `layout`."""
+    _check_rows(x_BLD, "norm_rope's input")
+    batch, length, dim = x_BLD.shape
+    _check_rope(dim, length, rope, layout)
+    shape = (batch, length, layout.heads, dim // layout.heads)
+    out = torch.empty(shape, dtype=x_BLD.dtype, device=x_BLD.device)
+    _launch("qk_norm_rope", x_BLD, weight_D, weight_D, rope, layout, eps, out, 1)
     return out
 
 
@@ -111,49 +109,79 @@ def qk_norm_rope(
     weight_q_D: Tensor,
     weight_k_D: Tensor,
     rope: tuple[Tensor, Tensor],
-    heads: int,
-    ranks: int,
+    layout: SendLayout,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed q, k, v [B, L, 3 * D] -> each [R, B, L, G, K]; with one rank v stays a view of the product."""
+    """Packed q, k, v [B, L, 3 * D] -> each in `layout`; with one rank v stays a view of the product."""
     batch, length, packed = qkv_BLD.shape
     dim = packed // 3
-    head = dim // heads
-    cos, sin = rope
     _check_rows(qkv_BLD, "the packed product")
-    if heads % ranks or packed != 3 * heads * head or head % 2:
-        raise ValueError(f"{packed} features don't divide into 3 x {heads} even heads over {ranks} ranks")
+    if packed % 3:
+        raise ValueError(f"{packed} features are no packed q, k and v")
+    _check_rope(dim, length, rope, layout)
+    plain = layout.ranks == 1 and len(layout.groups) == 1
+    parts = 2 if plain else 3
+    shape = (batch, length, layout.heads, dim // layout.heads)
+    out = torch.empty((parts, *shape), dtype=qkv_BLD.dtype, device=qkv_BLD.device)
+    _launch("qk_norm_rope", qkv_BLD, weight_q_D, weight_k_D, rope, layout, eps, out, parts)
+    if plain:
+        return out[0], out[1], qkv_BLD[..., 2 * dim :].view(shape)
+    return out[0], out[1], out[2]
+
+
+def _check_rope(dim: int, length: int, rope: tuple[Tensor, Tensor], layout: SendLayout) -> None:
+    cos, sin = rope
+    head = dim // layout.heads
+    if dim % layout.heads or head % 2 or not 1 <= len(layout.groups) <= 2:
+        raise ValueError(
+            f"{dim} features don't divide into {layout.heads} even heads in groups of {layout.groups} "
+            f"over {layout.ranks} ranks (one or two groups)"
+        )
     if cos.shape != (length, head // 2) or sin.shape != cos.shape or cos.dtype != torch.float32:
         raise ValueError(
             f"RoPE tables {tuple(cos.shape)} {cos.dtype}: "
             f"expected fp32 {(length, head // 2)}, one row a token"
         )
-    parts = 2 if ranks == 1 else 3
-    shape = (parts, ranks, batch, length, heads // ranks, head)
-    out = torch.empty(shape, dtype=qkv_BLD.dtype, device=qkv_BLD.device)
-    if out.numel():
-        tuned = setting("qk_norm_rope", f"{dim}", qkv_BLD.device, DEFAULT)
-        _qk_kernel[(triton.cdiv(batch * length, tuned["rows"]), parts)](
-            qkv_BLD,
-            weight_q_D.contiguous(),
-            weight_k_D.contiguous(),
-            cos.contiguous(),
-            sin.contiguous(),
-            out,
-            batch * length,
-            length,
-            qkv_BLD.stride(1),
-            out.stride(0),
-            out.stride(1),
-            eps,
-            D=dim,
-            K=head,
-            RANK_WIDTH=dim // ranks,
-            BLOCK=triton.next_power_of_2(dim),
-            ROWS=tuned["rows"],
-            ROPE=True,
-            num_warps=tuned["warps"],
-        )
-    if ranks == 1:
-        return out[0], out[1], qkv_BLD[..., 2 * dim :].view(1, batch, length, heads, head)
-    return out[0], out[1], out[2]
+
+
+def _launch(
+    table: str,
+    x_BLD: Tensor,
+    weight_q_D: Tensor,
+    weight_k_D: Tensor,
+    rope: tuple[Tensor, Tensor] | None,
+    layout: SendLayout,
+    eps: float,
+    out: Tensor,
+    parts: int,
+) -> None:
+    """One program for every few rows of each part of x: q alone, or q, k and v side by side."""
+    if out.numel() == 0:
+        return
+    batch, length = x_BLD.shape[:2]
+    dim = out.numel() // (parts if out.ndim == 5 else 1) // (batch * length)
+    head = dim // layout.heads
+    cos, sin = (weight_q_D, weight_q_D) if rope is None else (rope[0].contiguous(), rope[1].contiguous())
+    tuned = setting(table, f"{dim}", x_BLD.device, DEFAULT)
+    _qk_kernel[(triton.cdiv(batch * length, tuned["rows"]), parts)](
+        x_BLD,
+        weight_q_D.contiguous(),
+        weight_k_D.contiguous(),
+        cos,
+        sin,
+        out,
+        batch * length,
+        length,
+        x_BLD.stride(1),
+        batch * length * dim,
+        eps,
+        D=dim,
+        K=head if rope is not None else 2,
+        RANKS=layout.ranks,
+        WIDTH=layout.groups[0] * head,
+        WIDTH_2=layout.groups[1] * head if len(layout.groups) == 2 else 0,
+        BLOCK=triton.next_power_of_2(dim),
+        ROWS=tuned["rows"],
+        ROPE=rope is not None,
+        num_warps=tuned["warps"],
+    )

@@ -1,8 +1,10 @@
 """The VAE's channel RMSNorm with SiLU, written straight into the next convolution's input.
 
-The torch reference runs on a CPU, the Triton kernel on CUDA.
+The torch reference runs on a CPU, the Triton kernel on CUDA; on the meta device only the kernel's memory
+is accounted for.
 """
 
+import torch
 from torch import Tensor
 
 from kernels.vae_norm_silu import reference
@@ -20,4 +22,6 @@ def norm_silu(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool = True, out: Tensor |
         from kernels.vae_norm_silu import triton
 
         return triton.norm_silu(x_BCTHW, gamma_C, silu, out)
+    if x_BCTHW.is_meta:
+        return torch.empty_like(x_BCTHW) if out is None else out
     return reference.norm_silu(x_BCTHW, gamma_C, silu, out)

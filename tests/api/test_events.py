@@ -11,6 +11,7 @@ import httpx
 import pytest
 from httpx_sse import ServerSentEvent, connect_sse
 
+from api.routes import events as events_route
 from jobs.job import Phase
 from jobs.settings import Settings
 from jobs.store import JobStore
@@ -121,6 +122,23 @@ def test_a_proxy_that_cuts_idle_connections(
             proxy.close()
     assert types[0] == "job.queued"
     assert (types[-1] == "job.succeeded") is survives
+
+
+def test_an_end_between_read_and_look_is_told(
+    client: httpx.Client, store: JobStore, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job ends after the stream found nothing new and before it looks whether the job is over."""
+    job_id = str(submit(client)["id"])
+    look = events_route._over
+
+    def late_look(*args: Any) -> bool:
+        if not store.get(job_id).terminal:
+            run(store, settings)
+        return look(*args)
+
+    monkeypatch.setattr(events_route, "_over", late_look)
+    with stream(client, job_id) as events:
+        assert [event.event for event in events][-1] == "job.succeeded"
 
 
 def test_a_deleted_job_ends_its_stream(client: httpx.Client, store: JobStore) -> None:

@@ -4,10 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from PIL import Image
 
+from engine.config import Task
 from engine.load import load_pipeline
 from engine.pipeline import Pipeline
 from engine.tiny import make_tiny
+from tests.engine.checkpoints import write_image_model
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +38,33 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def image_models(tmp_path_factory: pytest.TempPathFactory) -> dict[Task, Path]:
+    """Tiny I2V and TI2V checkpoints; read only."""
+    generator = torch.Generator().manual_seed(1)
+    folder = tmp_path_factory.mktemp("image-models")
+    tasks: tuple[Task, ...] = ("i2v", "ti2v")
+    return {task: write_image_model(folder / task, task, generator) for task in tasks}
+
+
+@pytest.fixture(scope="session")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 4:3 picture; for the tiny image models' area it gives an odd number of tokens."""
+    path = tmp_path_factory.mktemp("picture") / "image.png"
+    Image.new("RGB", (64, 48), (250, 10, 10)).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def pipeline(tiny: Path) -> Pipeline:
     """The tiny checkpoint, loaded on the CPU."""
     return load_pipeline(tiny, device="cpu")
+
+
+@pytest.fixture
+def world_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dist.ProcessGroup]:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    group = dist.group.WORLD
+    assert group is not None
+    yield group
+    dist.destroy_process_group()

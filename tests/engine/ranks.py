@@ -1,38 +1,73 @@
-"""One of two gloo ranks: `python -m tests.engine.ranks CHECKPOINT FOLDER`, with RANK and WORLD_SIZE set."""
+"""Real ranks over gloo: `python -m tests.engine.ranks CHECKPOINT FOLDER`.
+
+One process imports everything and then forks the ranks of one world after another: 2, 4 and 8, and worlds
+that lose a rank. What the ranks find goes into files that the tests read.
+"""
 
 import os
+import signal
 import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from engine import fused, tiny
+from engine.attention import Overlap
 from engine.conditioning import Conditioning
-from engine.config import Canceled, Progress
-from engine.errors import CheckpointError
+from engine.config import Canceled, Progress, VAEConfig
+from engine.errors import CheckpointError, RankLost
 from engine.load import load_pipeline
+from engine.parallel import watch
 from engine.parallel.mesh import Mesh
 from engine.pipeline import Pipeline
 from engine.requests import resolve
+from engine.text_encoder import TextEncoder
 from engine.tracker import Tracker
+from engine.vae import VAE
 from tests.engine.sinks import Frames
 
-# Latent grids whose tokens are: 3 x 3 x 5 = 45, odd, so padded; 2 x 2 x 2 = 8, even; 1, fewer than the ranks.
-GRIDS = ((3, 6, 10), (2, 4, 4), (1, 2, 2))
-CASES = ("frames", "cancel", "split", "heads")
+LAYOUTS = {2: ("2x1", "1x2"), 4: ("2x2", "1x4"), 8: ("2x4", "1x8")}
+# Latent grids whose tokens are: 3 x 3 x 5 = 45, padded; 2 x 2 x 4 = 16, even; 1, fewer than the ranks.
+GRIDS = ((3, 6, 10), (2, 4, 8), (1, 2, 2))
+FUSED_GRID = GRIDS[0]
+# Every transport of a CPU, and every switch of the overlap on and off.
+FUSED = {
+    f"{transport} {name}": (transport, overlap)
+    for transport in ("collective", "shared")
+    for name, overlap in {
+        "plain": Overlap(split_qkv=False, head_groups=1, interleave=False),
+        "split": Overlap(split_qkv=True, head_groups=1, interleave=False),
+        "groups": Overlap(split_qkv=False, head_groups=2, interleave=False),
+        "interleaved": Overlap(split_qkv=False, head_groups=1, interleave=True),
+        "all": Overlap(split_qkv=True, head_groups=2, interleave=True),
+    }.items()
+}
+# Eight ranks take long on few cores: all switches off, and all on.
+VARIANTS = {
+    world: [name for name in FUSED if world < 8 or name.endswith(("plain", "all"))] for world in LAYOUTS
+}
+# (kind, latents' rows, columns): cut along columns and along rows, evenly by few worlds only.
+VAES = (("2.1", 3, 9), ("2.1", 10, 4), ("2.2", 2, 9))
+CHECKS = ("frames", "cancel", "split", "heads", "text")
+LOSSES = ("killed", "killed where nothing times out", "hung")
+LIMIT_SECONDS = 4.0  # for a lost rank to be noticed, in those worlds that lose one
+STEP_TO_DIE = "denoising, step 1 of 3"
 
 
-def environment(rank: int, folder: Path) -> dict[str, str]:
-    """For a rank's process: a file to meet at, one thread, loopback."""
-    return {
-        **os.environ,
-        "RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MEETING": str(folder / "meeting"),
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
+def environment() -> dict[str, str]:
+    """For processes of ranks: one thread each, loopback."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def grid_name(grid: tuple[int, int, int]) -> str:
+    return "x".join(map(str, grid))
 
 
 def case_latents(pipeline: Pipeline, grid: tuple[int, int, int]) -> Tensor:
@@ -42,8 +77,31 @@ def case_latents(pipeline: Pipeline, grid: tuple[int, int, int]) -> Tensor:
     text = torch.randn(2, 512, pipeline.spec.dit.text_dim, generator=generator)
     noise = torch.randn(16, *grid, generator=generator)
     tracker = Tracker(pipeline.mesh, pipeline.device)
-    with torch.inference_mode():
+    with pipeline.mesh.working(), torch.inference_mode():
         return pipeline.denoise(request, text, noise, Conditioning((0, 0)), tracker)
+
+
+def fused_latents(pipeline: Pipeline) -> Tensor:
+    """The same by the blocks that GPUs run, whose kernels are torch's on a CPU."""
+    with mock.patch.object(fused, "applies", return_value=True):
+        return case_latents(pipeline, FUSED_GRID)
+
+
+def random_vae(kind: str) -> VAE:
+    """A small VAE in which every tensor counts."""
+    new = kind == "2.2"
+    stride = (4, 16, 16) if new else (4, 8, 8)
+    vae = VAE(VAEConfig("2.2" if new else "2.1", 8, 8, 4, (0.1,) * 4, (1.2,) * 4, stride=stride))
+    tiny.randomize(vae, torch.Generator().manual_seed(5))
+    return vae.requires_grad_(False).eval()
+
+
+def vae_inputs(kind: str, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """(latents of 3 frames, a video of 5)."""
+    generator = torch.Generator().manual_seed(6)
+    unit = 16 if kind == "2.2" else 8
+    latents = torch.randn(1, 4, 3, rows, columns, generator=generator)
+    return latents, torch.rand(1, 3, 5, rows * unit, columns * unit, generator=generator) * 2 - 1
 
 
 def check_frames(pipeline: Pipeline) -> bool:
@@ -57,13 +115,13 @@ def check_frames(pipeline: Pipeline) -> bool:
 
 
 def check_cancel(pipeline: Pipeline) -> bool:
-    """Rank 0's answer stops both, at the same step; what the other rank would say doesn't count."""
+    """Rank 0's answer stops all, at the same step; what another rank would say doesn't count."""
     asked = 0
 
     def should_cancel() -> bool:
         nonlocal asked
         asked += 1
-        return pipeline.mesh.rank == 1 or asked > 3
+        return pipeline.mesh.rank > 0 or asked > 3
 
     request = resolve(pipeline.spec, "a cat", frame_num=5, sampling_steps=4, seed=3)
     try:
@@ -75,13 +133,15 @@ def check_cancel(pipeline: Pipeline) -> bool:
 
 
 def check_split(pipeline: Pipeline) -> bool:
-    """Of 7 tokens in 2 x 4 (one is padding), the first 5 are 4 on rank 0 and 1 on rank 1."""
-    sequence = pipeline.sequence
+    """Each rank's tokens among the first 5 of 7 are those that its part of the sequence holds."""
+    sequence, world = pipeline.sequence, pipeline.mesh.size
     whole = torch.arange(14.0).view(1, 7, 2)
     part = sequence.shard(whole, 1)
+    size = -(-7 // world)
+    mine = range(pipeline.mesh.rank * size, pipeline.mesh.rank * size + size)
     return (
-        sequence.split(5, 7) == (4, 1)[pipeline.mesh.rank]
-        and part.shape == (1, 4, 2)
+        sequence.split(5, 7) == sum(token < 5 for token in mine)
+        and part.shape == (1, size, 2)
         and torch.equal(sequence.gather(part, 1, 7), whole)
     )
 
@@ -91,34 +151,159 @@ def check_heads(checkpoint: Path, mesh: Mesh) -> bool:
     try:
         load_pipeline(checkpoint, mesh=Mesh(mesh.rank, 1, 3), device="cpu")
     except CheckpointError as error:
-        return "4 heads, which 3 sequence parts don't divide" in str(error)
+        return "8 heads, which 3 sequence parts don't divide" in str(error)
     return False
 
 
-def main(checkpoint: Path, folder: Path) -> None:
-    for layout in ("2x1", "1x2"):
+def check_text(pipeline: Pipeline) -> bool:
+    """Each prompt is encoded by one rank, and all ranks have what one rank alone would have."""
+    request = resolve(pipeline.spec, "a red ball", negative_prompt="a dancer")
+    calls: list[str] = []
+    encode = TextEncoder.encode
+    expected = torch.stack([encode(pipeline.text_encoder, p) for p in ("a red ball", "a dancer")])
+
+    def counted(self: TextEncoder, prompt: str) -> Tensor:
+        calls.append(prompt)
+        return encode(self, prompt)
+
+    with mock.patch.object(TextEncoder, "encode", counted), torch.inference_mode():
+        got = pipeline.encode(request)
+    mine = {0: ["a red ball"], pipeline.mesh.size // 2: ["a dancer"]}.get(pipeline.mesh.rank, [])
+    return calls == mine and torch.equal(got, expected)
+
+
+def join(folder: Path, name: str, rank: int, world: int, **options: object) -> Mesh:
+    """The mesh, met at a file."""
+    return Mesh.init(
+        backend="gloo",
+        init_method=f"file://{folder / name}",
+        rank=rank,
+        world_size=world,
+        **{"timeout_seconds": 60, "transport": "collective", **options},
+    )
+
+
+def run_world(rank: int, world: int, folder: Path, checkpoint: Path) -> None:
+    """All that is compared, in both layouts of a world."""
+    found: dict[str, Tensor] = {}
+    for layout in LAYOUTS[world]:
         guidance, ulysses = map(int, layout.split("x"))
-        mesh = Mesh.init(
-            guidance=guidance,
-            ulysses=ulysses,
-            backend="gloo",
-            init_method=f"file://{os.environ['MEETING']}",
-            timeout_seconds=60,
-        )
+        mesh = join(folder, "meeting", rank, world, guidance=guidance, ulysses=ulysses)
         assert mesh.layout == layout
         pipeline = load_pipeline(checkpoint, mesh=mesh, device="cpu")
-        latents = {"x".join(map(str, grid)): case_latents(pipeline, grid) for grid in GRIDS}
-        if mesh.rank == 0:
-            save_file(latents, folder / f"{layout}.safetensors")
+        for grid in GRIDS:
+            found[f"{layout} {grid_name(grid)}"] = case_latents(pipeline, grid)
+        for name in VARIANTS[world] if ulysses > 1 else ():
+            transport, overlap = FUSED[name]
+            other = Mesh.init(guidance=guidance, ulysses=ulysses, transport=transport, overlap=overlap)
+            pipeline.mesh, pipeline.sequence = other, other.sequence()
+            assert ("shared" in name) == ("shared" in other.transport.name)
+            found[f"{layout} {name}"] = fused_latents(pipeline)
+            other.watch.close()
+        pipeline.mesh, pipeline.sequence = mesh, mesh.sequence()
+    for kind, rows, columns in VAES:
+        vae, space = random_vae(kind), mesh.space(rows, columns)
+        latents, video = vae_inputs(kind, rows, columns)
+        with torch.inference_mode():
+            name = f"vae {kind} {rows}x{columns}"
+            found[f"{name} latents"] = vae.encode(video, space)
+            chunks = [space.collect(chunk) for chunk in vae.decode_chunks(latents, space)]
+        if rank == 0:
+            found[f"{name} video"] = torch.cat(chunks, dim=2)
     checks = {
         "frames": check_frames(pipeline),
         "cancel": check_cancel(pipeline),
         "split": check_split(pipeline),
         "heads": check_heads(checkpoint, mesh),
+        "text": check_text(pipeline),
     }
+    if rank == 0:
+        save_file({name: tensor.contiguous() for name, tensor in found.items()}, folder / "found.safetensors")
     for name, right in checks.items():
-        (folder / f"{name}.{mesh.rank}").write_text("right" if right else "wrong")
+        (folder / f"{name}.{rank}").write_text("right" if right else "wrong")
     mesh.close()
+
+
+def lose_rank(loss: str, rank: int, folder: Path, checkpoint: Path) -> None:
+    """Rank 1 of three is lost in the midst of a video; the two others notice and go on as a pair."""
+    watch.GRACE_SECONDS = 1.0
+    watch.FIRST_SECONDS = LIMIT_SECONDS
+    nothing_times_out = loss == "killed where nothing times out"
+    limit = 300.0 if nothing_times_out else LIMIT_SECONDS
+    transport = "shared" if nothing_times_out else "collective"
+    mesh = join(folder, "meeting", rank, 4, guidance=1, timeout_seconds=limit, transport=transport)
+    pipeline = load_pipeline(checkpoint, mesh=mesh, device="cpu")
+    mesh.meet()
+    report = Tracker.report
+
+    def until(self: Tracker, *step: object) -> None:
+        report(self, *step)
+        if rank == 1 and self.where == STEP_TO_DIE:
+            (folder / "lost at").write_text(str(time.monotonic()))
+            if loss == "hung":
+                time.sleep(300)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with mock.patch.object(Tracker, "report", until):
+        try:
+            case_latents(pipeline, GRIDS[0])
+        except RankLost as lost:
+            (folder / f"noticed.{rank}").write_text(f"{time.monotonic()} {lost}")
+    mesh.close()
+    if rank in (0, 2):
+        mesh = join(folder, "second meeting", rank // 2, 2, guidance=1)
+        pipeline.mesh, pipeline.sequence = mesh, mesh.sequence()
+        latents = case_latents(pipeline, GRIDS[0])
+        if rank == 0:
+            save_file({"latents": latents}, folder / "after.safetensors")
+        mesh.close()
+
+
+def fork_ranks(folder: Path, count: int, body: Callable[[int], None], seconds: float) -> None:
+    """Run `body(rank)` in `count` forks; exit codes (signals negative) and times go to `folder/codes`."""
+    folder.mkdir()
+    ranks: dict[int, int] = {}
+    for rank in range(count):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                body(rank)
+                code = 0
+            except BaseException:
+                with (folder / "words").open("a") as words:
+                    words.write(f"rank {rank}:\n{traceback.format_exc()}\n")
+            os._exit(code)
+        ranks[child] = rank
+    codes: dict[int, str] = {}
+    deadline = time.monotonic() + seconds
+    while len(codes) < count:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child:
+            at = time.monotonic()
+            codes[ranks.pop(child)] = f"{os.waitstatus_to_exitcode(status)} {at}"
+        elif time.monotonic() > deadline:
+            for child in ranks:
+                os.kill(child, signal.SIGKILL)
+        else:
+            time.sleep(0.02)
+    (folder / "codes").write_text("\n".join(codes[rank] for rank in range(count)))
+
+
+def main(checkpoint: Path, folder: Path) -> None:
+    torch.set_num_threads(1)
+    for world in LAYOUTS:
+        place = folder / str(world)
+        fork_ranks(place, world, lambda rank, w=world, p=place: run_world(rank, w, p, checkpoint), 120)
+    for loss in LOSSES:
+        place = folder / loss
+        fork_ranks(place, 4, lambda rank, x=loss, p=place: lose_rank(x, rank, p, checkpoint), 60)
+
+
+def make_checkpoint(folder: Path) -> Path:
+    """The tiny checkpoint, with heads for 8 ranks."""
+    with mock.patch.object(tiny, "TINY_DIT", replace(tiny.TINY_DIT, dim=128, num_heads=8)):
+        return tiny.make_tiny(folder, seed=1)
 
 
 if __name__ == "__main__":

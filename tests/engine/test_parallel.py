@@ -1,4 +1,4 @@
-"""Two real processes over gloo against one: the same latents, whatever the layout.
+"""Ranks in real processes over gloo against one rank: the same latents and pixels, whatever the layout.
 
 The difference isn't 0: a rank multiplies matrices of fewer rows, which BLAS may sum in another order.
 """
@@ -10,54 +10,145 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
+from engine.load import load_pipeline
+from engine.parallel.frames import best_axis, stripes
 from engine.parallel.mesh import choose_layout
 from engine.pipeline import Pipeline
+from engine.vae_blocks import WholeFrame
 from tests.engine.oracle import relative
-from tests.engine.ranks import CASES, GRIDS, case_latents, environment
+from tests.engine.ranks import (
+    CHECKS,
+    GRIDS,
+    LAYOUTS,
+    LIMIT_SECONDS,
+    LOSSES,
+    VAES,
+    VARIANTS,
+    case_latents,
+    environment,
+    fused_latents,
+    grid_name,
+    make_checkpoint,
+    random_vae,
+    vae_inputs,
+)
 
-SECONDS = 120
+SECONDS = 170
+WORLDS = {layout: world for world, layouts in LAYOUTS.items() for layout in layouts}
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What rank 0 of two processes wrote, for every case; both processes must end well."""
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("eight-heads"))
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint: Path) -> Pipeline:
+    """One rank that does everything."""
+    return load_pipeline(checkpoint, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def ranks(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the ranks of all worlds left behind."""
     folder = tmp_path_factory.mktemp("ranks")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.engine.ranks", str(tiny), str(folder)],
-            env=environment(rank, folder),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=SECONDS)[0].decode() for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
+    subprocess.run(
+        [sys.executable, "-m", "tests.engine.ranks", str(checkpoint), str(folder)],
+        env=environment(),
+        timeout=SECONDS,
+        check=True,
+    )
     return folder
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("layout", ["1x2", "2x1"])
-def test_two_ranks_make_the_latents_of_one(
-    two_ranks: Path, pipeline: Pipeline, layout: str, grid: tuple[int, int, int]
-) -> None:
-    expected = case_latents(pipeline, grid)
-    got = load_file(two_ranks / f"{layout}.safetensors")["x".join(map(str, grid))]
+def words(folder: Path) -> str:
+    return (folder / "words").read_text() if (folder / "words").exists() else ""
+
+
+def found(ranks: Path, world: int) -> dict[str, Tensor]:
+    """What rank 0 of a world saved; all ranks must have ended well."""
+    codes = [line.split()[0] for line in (ranks / str(world) / "codes").read_text().splitlines()]
+    assert codes == ["0"] * world, words(ranks / str(world))
+    return load_file(ranks / str(world) / "found.safetensors")
+
+
+def expect_equal(got: Tensor, expected: Tensor) -> None:
     error = relative(got, expected)
     print(f"relative error {error:.2e}, equal: {torch.equal(got, expected)}")
     assert error < 1e-5
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_on_every_rank(two_ranks: Path, case: str) -> None:
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("layout", WORLDS)
+def test_every_layout_makes_the_latents_of_one_rank(
+    ranks: Path, alone: Pipeline, layout: str, grid: tuple[int, int, int]
+) -> None:
+    got = found(ranks, WORLDS[layout])[f"{layout} {grid_name(grid)}"]
+    expect_equal(got, case_latents(alone, grid))
+
+
+@pytest.mark.parametrize(
+    ("layout", "variant"),
+    [
+        (layout, variant)
+        for layout, world in WORLDS.items()
+        for variant in VARIANTS[world]
+        if not layout.endswith("x1")
+    ],
+)
+def test_every_transport_and_overlap_makes_the_latents_of_one_rank(
+    ranks: Path, alone: Pipeline, layout: str, variant: str
+) -> None:
+    expect_equal(found(ranks, WORLDS[layout])[f"{layout} {variant}"], fused_latents(alone))
+
+
+@pytest.mark.parametrize(("kind", "rows", "columns"), VAES)
+@pytest.mark.parametrize("world", LAYOUTS)
+def test_a_vae_in_stripes_makes_the_pixels_of_a_whole_one(
+    ranks: Path, world: int, kind: str, rows: int, columns: int
+) -> None:
+    vae, (latents, video) = random_vae(kind), vae_inputs(kind, rows, columns)
+    got, name = found(ranks, world), f"vae {kind} {rows}x{columns}"
+    with torch.inference_mode():
+        expect_equal(got[f"{name} latents"], vae.encode(video))
+        expect_equal(got[f"{name} video"], vae.decode(latents))
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("world", LAYOUTS)
+def test_on_every_rank(ranks: Path, world: int, check: str) -> None:
     """What each rank checked by itself: see `tests.engine.ranks`."""
-    for rank in range(2):
-        assert (two_ranks / f"{case}.{rank}").read_text() == "right"
+    found(ranks, world)
+    for rank in range(world):
+        assert (ranks / str(world) / f"{check}.{rank}").read_text() == "right"
+
+
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if "nothing" not in loss])
+def test_a_lost_rank_is_noticed_and_the_others_go_on(ranks: Path, alone: Pipeline, loss: str) -> None:
+    """By its death at once, by its silence after the limit. The group's rest forms a new group that works."""
+    place = ranks / loss
+    codes = [line.split()[0] for line in (place / "codes").read_text().splitlines()]
+    # A hung rank is ended by its own watch; a third of the survivors has nobody to pair with.
+    assert codes == ["0", "75" if loss == "hung" else "-9", "0", "0"], words(place)
+    lost_at = float((place / "lost at").read_text())
+    for rank in (0, 2, 3):
+        at, _, why = (place / f"noticed.{rank}").read_text().partition(" ")
+        print(f"rank {rank} noticed after {float(at) - lost_at:.2f} s: {why}")
+        # Either the watch saw it, or a collective ran out of time, which can't tell whose fault it is.
+        assert "rank 1 " in why or (loss == "hung" and "another rank failed or hangs" in why)
+        assert float(at) - lost_at < (LIMIT_SECONDS + 5 if loss == "hung" else 5)
+    expect_equal(load_file(place / "after.safetensors")["latents"], case_latents(alone, GRIDS[0]))
+
+
+def test_a_rank_that_cannot_stop_waiting_for_a_dead_one_ends(ranks: Path) -> None:
+    """As a GPU's stream that awaits a dead rank's data would hold its process for good."""
+    place = ranks / "killed where nothing times out"
+    lines = [line.split() for line in (place / "codes").read_text().splitlines()]
+    assert [code for code, _ in lines] == ["75", "-9", "75", "75"], words(place)
+    lost_at = float((place / "lost at").read_text())
+    assert all(float(at) - lost_at < 10 for _, at in lines)
 
 
 def test_layouts() -> None:
@@ -70,3 +161,15 @@ def test_layouts() -> None:
         choose_layout(6, 3, 2)
     with pytest.raises(ValueError, match="2x2 doesn't fit 8 ranks"):
         choose_layout(8, 2, 2)
+
+
+def test_stripes() -> None:
+    """The axis whose widest stripe is the least work, and rows where columns would be worse."""
+    assert stripes(160, 8) == [20] * 8
+    assert stripes(10, 4) == [3, 3, 2, 2]
+    assert best_axis(90, 160, 8) == -1
+    assert best_axis(10, 9, 5) == -2
+
+
+def test_one_rank_needs_no_stripes(alone: Pipeline) -> None:
+    assert isinstance(alone.mesh.space(90, 160), WholeFrame)

@@ -2,15 +2,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine.config import Task
 from engine.errors import RequestError
+from engine.load import load_pipeline
 from engine.run import run
 from engine.video import decode_video
-from tests.engine.oracle import relative
+from infra.cli import invoke
+from tests.engine.loras import write_lora
+from tests.engine.oracle import relative, twin_dits, twin_vaes
 from tests.engine.ranks import environment
+from tests.engine.test_diffusers_layout import save
 
 FIELDS = (
     "--size", "96*64", "--frame-num", "5", "--shift", "3", "--sampling-steps", "2",
@@ -49,8 +55,9 @@ def test_in_process_and_under_torchrun_alike(
         "-m", "infra.cli", "run", "--model", str(tiny), "a cat", "--out", str(tmp_path / "two.mp4"),
         "--save-latents", str(tmp_path / "two.safetensors"), *FIELDS,
     ]  # fmt: skip
-    env = {key: value for key, value in environment(0, tmp_path).items() if key not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=150, check=False)
+    done = subprocess.run(
+        command, env=environment(), capture_output=True, text=True, timeout=150, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("seed 9") == 1  # rank 0 alone speaks
     assert decode_video(tmp_path / "two.mp4")[0] == info
@@ -84,3 +91,58 @@ def test_bfloat16_is_near_float32(tiny: Path, tmp_path: Path) -> None:
         load_file(tmp_path / f"{dtype}.safetensors")["latents"] for dtype in ("float32", "bfloat16")
     )
     assert 1e-5 < relative(rounded, exact) < 0.05
+
+
+@pytest.mark.parametrize("task", ["i2v", "ti2v"])
+def test_the_image_models_from_a_picture_in_process(
+    image_models: dict[Task, Path], picture: Path, tmp_path: Path, task: Task
+) -> None:
+    run(
+        model=image_models[task], prompt="a boat", out=tmp_path / "a.mp4", image=picture, sampling_steps=1,
+        seed=2, save_latents=tmp_path / "latents.safetensors",
+    )  # fmt: skip
+    info, frames = decode_video(tmp_path / "a.mp4")
+    latents = load_file(tmp_path / "latents.safetensors")["latents"]
+    stride = 16 if task == "ti2v" else 8
+    assert latents.shape == (48 if task == "ti2v" else 16, 2, info.height // stride, info.width // stride)
+    assert info.width > info.height  # the picture's aspect, not the asked 64*96
+    assert np.ptp(frames) > 50
+
+
+def test_a_diffusers_layout_in_process(
+    generator: torch.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dits = [twin_dits(generator, layers=1)[1] for _ in range(2)]
+    save(tmp_path / "saved", generator, dits, twin_vaes(generator, "2.1").theirs)
+    run(model=tmp_path / "saved", prompt="a cat", out=tmp_path / "a.mp4", sampling_steps=1, seed=4)
+    words = capsys.readouterr()
+    assert "seed 4" in words.out
+    assert "loading transformer" in words.err  # the loading's own bar, with bytes and a rate
+    assert decode_video(tmp_path / "a.mp4")[0].frames == 5
+
+
+def test_flags_for_loras_memory_and_checksums(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    def reel(*more: str) -> int:
+        latents = str(tmp_path / f"{len(more)}.safetensors")
+        common = ("run", "a cat", "--model", str(tiny), "--out", str(tmp_path / "a.mp4"))
+        fields = ("--frame-num", "1", "--seed", "1", "--sampling-steps", "1", "--save-latents", latents)
+        return invoke([*common, *fields, *more])
+
+    write_lora(tmp_path / "loras" / "style.safetensors", load_pipeline(tiny, device="cpu").high)
+    folder = ("--lora-dir", str(tmp_path / "loras"))
+    assert reel() == 0
+    assert reel("--loras", "style:0.5:high", *folder) == 0
+    plain, changed = (load_file(tmp_path / f"{n}.safetensors")["latents"] for n in (0, 4))
+    assert relative(changed, plain) > 1e-3
+    capsys.readouterr()
+    assert reel("--loras", "unknown", *folder) == 1
+    assert "reel: loras: got 'unknown'; allowed: style" in capsys.readouterr().err
+    assert reel("--loras", "style:much") == 1
+    assert "expected NAME, NAME:0.7 or NAME:0.7:EXPERT" in capsys.readouterr().err
+    assert reel("--verify") == 1
+    assert "has no checksums to verify" in capsys.readouterr().err
+    assert reel("--gpu-memory-gib", "0.001") == 1
+    assert "GiB are free" in capsys.readouterr().err
+    assert "text encoder" in caplog.text  # the table

@@ -47,19 +47,18 @@ def test_affine_norm(dtype: torch.dtype):
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(
-    ("length", "heads", "ranks"), [(9450, 40, 8), (18900, 40, 4), (3410, 24, 8), (4095, 40, 1), (501, 24, 3)]
+    ("length", "heads", "ranks", "groups"),
+    [(9450, 40, 8, 2), (18900, 40, 4, 1), (3410, 24, 8, 2), (4095, 40, 1, 1), (501, 24, 3, 2)],
 )
-def test_qk_norm_rope(dtype: torch.dtype, length: int, heads: int, ranks: int):
-    dim = heads * 128
+def test_qk_norm_rope(dtype: torch.dtype, length: int, heads: int, ranks: int, groups: int):
+    dim, layout = heads * 128, qk_norm_rope.SendLayout.of(heads, ranks, groups)
     qkv = (randn(1, length, 3 * dim) * 2).to(dtype)
     weight_q, weight_k = randn(2, dim)
     cos, sin = (t[-length:] for t in rope_table((21, 45, 80), 128, CUDA))
-    got = qk_norm_rope.qk_norm_rope(qkv, weight_q, weight_k, (cos, sin), heads, ranks, 1e-6)
-    plain = qk_reference.qk_norm_rope(qkv, weight_q, weight_k, (cos, sin), heads, ranks, 1e-6)
+    got = qk_norm_rope.qk_norm_rope(qkv, weight_q, weight_k, (cos, sin), layout, 1e-6)
+    plain = qk_reference.qk_norm_rope(qkv, weight_q, weight_k, (cos, sin), layout, 1e-6)
     rope = (cos.double(), sin.double())
-    exact = qk_reference.qk_norm_rope(
-        qkv.double(), weight_q.double(), weight_k.double(), rope, heads, ranks, 1e-6
-    )
+    exact = qk_reference.qk_norm_rope(qkv.double(), weight_q.double(), weight_k.double(), rope, layout, 1e-6)
     for ours, theirs, right in zip(got, plain, exact, strict=True):
         assert_as_good(ours, theirs, right)
 

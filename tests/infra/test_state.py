@@ -23,15 +23,18 @@ def test_state_survives_and_only_its_owner_reads_it(tmp_path: Path) -> None:
     assert StackState.load(tmp_path) == state
     assert mode(tmp_path / "stack.json") == 0o600
     secrets = [state.secret_key, *state.redis_passwords.values(), *state.s3_secrets.values()]
-    assert len(set(secrets)) == len(secrets) == 9
+    assert len(set(secrets)) == len(secrets) == 10  # nine roles' and the service's
     assert StackState.load(tmp_path / "other").secret_key != state.secret_key
 
 
 def test_a_state_of_another_version_is_read(tmp_path: Path) -> None:
-    write_private(tmp_path / "stack.json", '{"secret_key": "s", "from_the_future": 1}')
+    text = '{"secret_key": "s", "from_the_future": 1, "redis_passwords": {"node": "p"}, "s3_secrets": {}}'
+    write_private(tmp_path / "stack.json", text)
     state = StackState.load(tmp_path)
     assert state.secret_key == "s"
-    assert state.redis_passwords["node"]
+    assert state.redis_passwords["node"] == "p"
+    assert state.redis_passwords["scaler"]  # a role that came later
+    assert state.s3_secrets["node"]
 
 
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:

@@ -167,3 +167,38 @@ def test_any_json_is_accepted_or_refused_with_reasons(body: dict[str, Any]) -> N
         assert {problem.field.split(".")[0] for problem in problems} <= {*body, "prompt"}
     else:
         assert VideoRequest.model_validate_json(request.model_dump_json()) == request
+
+
+def test_loras_are_the_cards() -> None:
+    known = card(loras=["style", "four-step-low"])
+    asked = [{"name": "style", "strength": 0.7}, {"name": "four-step-low", "expert": "low"}]
+    request = parse_and_resolve(PLAIN | {"loras": asked}, known)
+    assert [(x.name, x.strength, x.expert) for x in request.loras] == [
+        ("style", 0.7, "both"),
+        ("four-step-low", 1.0, "low"),
+    ]
+    assert parse_and_resolve(PLAIN, known).loras == ()
+    assert resolve(VideoRequestIn(prompt="a", loras=request.loras), known).loras == request.loras
+
+
+@pytest.mark.parametrize(
+    ("loras", "field"),
+    [
+        ([{"name": "unknown"}], "loras.0.name"),
+        ([{"name": "../style"}], "loras.0.name"),
+        ([{"name": "style"}, {"name": "style", "strength": 11}], "loras.1.strength"),
+        ([{"name": "style", "strength": "1"}], "loras.0.strength"),
+        ([{"name": "style", "expert": "middle"}], "loras.0.expert"),
+        ([{"name": "style", "path": "/etc"}], "loras.0.path"),
+        ([{}], "loras.0.name"),
+        ("style", "loras"),
+        ([{"name": "style"}] * 9, "loras"),
+    ],
+)
+def test_wrong_loras_are_named(loras: object, field: str) -> None:
+    assert refused(PLAIN | {"loras": loras}, loras=["style"]) == [field]
+
+
+def test_a_model_without_loras_says_so() -> None:
+    with pytest.raises(InvalidRequest, match="tiny has no LoRAs"):
+        parse_and_resolve(PLAIN | {"loras": [{"name": "style"}]}, CARD)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from kernels.qk_norm_rope import reference
+from kernels.qk_norm_rope.layout import SendLayout
 from tests.kernels.check import assert_as_good
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -15,11 +16,22 @@ def tables(length: int, head: int, device: torch.device) -> tuple[Tensor, Tensor
     return angle.cos().float(), angle.sin().float()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("batch", "length", "heads", "head", "ranks"),
-    [(1, 5, 4, 8, 1), (2, 3, 6, 16, 3), (1, 1, 5, 12, 5), (1, 4, 3, 128, 1), (2, 2, 10, 24, 2)],
+SHAPES = pytest.mark.parametrize(
+    ("batch", "length", "heads", "head", "ranks", "groups"),
+    [
+        (1, 5, 4, 8, 1, 1),
+        (2, 3, 6, 16, 3, 1),
+        (1, 1, 5, 12, 5, 1),
+        (1, 4, 3, 128, 1, 1),
+        (2, 2, 10, 24, 2, 2),
+        (2, 3, 9, 8, 3, 2),
+        (1, 2, 4, 8, 1, 2),
+    ],
 )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@SHAPES
 def test_qk_norm_rope(
     seed: int,
     device: torch.device,
@@ -29,41 +41,50 @@ def test_qk_norm_rope(
     heads: int,
     head: int,
     ranks: int,
+    groups: int,
 ):
+    """Packed, and q alone: in every layout, with values as exact as plain torch's."""
     from kernels.qk_norm_rope import triton
 
     dim = heads * head
     qkv = (torch.randn(batch, length, 3 * dim, device=device) * 4).to(dtype)
     weight_q, weight_k = torch.randn(2, dim, device=device)
     rope = tables(length, head, device)
-    got = triton.qk_norm_rope(qkv, weight_q, weight_k, rope, heads, ranks, 1e-6)
-    plain = reference.qk_norm_rope(qkv, weight_q, weight_k, rope, heads, ranks, 1e-6)
+    layout = SendLayout.of(heads, ranks, groups)
+    got = triton.qk_norm_rope(qkv, weight_q, weight_k, rope, layout, 1e-6)
+    plain = reference.qk_norm_rope(qkv, weight_q, weight_k, rope, layout, 1e-6)
     exact = reference.qk_norm_rope(
         qkv.double(),
         weight_q.double(),
         weight_k.double(),
         (rope[0].double(), rope[1].double()),
-        heads,
-        ranks,
+        layout,
         1e-6,
     )
     for ours, theirs, right in zip(got, plain, exact, strict=True):
         assert ours.dtype == dtype
         assert_as_good(ours, theirs, right)
     assert torch.equal(got[2], plain[2])
+    assert torch.equal(triton.norm_rope(qkv[..., :dim], weight_q, rope, layout, 1e-6), got[0])
+    assert torch.equal(triton.norm_rope(qkv[..., dim : 2 * dim], weight_k, rope, layout, 1e-6), got[1])
 
 
 def test_layout_sends_each_rank_its_heads(seed: int, device: torch.device):
-    """Chunk r of the first dimension holds heads r * G and on, in order, of every token."""
+    """Of 12 heads in two groups over 4 ranks, rank r gets heads 2r, 2r + 1 and 8 + r of every token."""
     from kernels.qk_norm_rope import triton
 
-    qkv = torch.arange(2 * 3 * 8 * 4, device=device, dtype=torch.float32).view(1, 2, 96)
-    one = torch.ones(32, device=device)
-    _, _, v = triton.qk_norm_rope(qkv, one, one, tables(2, 4, device), 8, 4, 1e-6)
-    assert v.shape == (4, 1, 2, 2, 4)
-    assert v.is_contiguous()
+    qkv = torch.arange(2 * 2 * 3 * 12 * 4, device=device, dtype=torch.float32).view(2, 2, 144)
+    one, layout = torch.ones(48, device=device), SendLayout.of(12, 4, 2)
+    assert layout.groups == (2, 1)
+    _, _, v = triton.qk_norm_rope(qkv, one, one, tables(2, 4, device), layout, 1e-6)
+    first, second = layout.parts(v, 2, 2)
+    assert (first.shape, second.shape) == ((2, 4, 2, 2, 4), (2, 4, 2, 1, 4))
+    heads = qkv[..., 96:].view(2, 2, 12, 4)
     for rank in range(4):
-        assert torch.equal(v[rank, 0].flatten(1), qkv[0, :, 64 + 8 * rank : 64 + 8 * (rank + 1)])
+        assert torch.equal(first[:, rank], heads[:, :, 2 * rank : 2 * rank + 2])
+        assert torch.equal(second[:, rank], heads[:, :, 8 + rank : 9 + rank])
+    for part, view in zip((first, second), layout.slices(heads), strict=True):
+        assert torch.equal(part, view)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -83,8 +104,10 @@ def test_wrong_shapes_are_refused(device: torch.device):
 
     qkv, weight = torch.zeros(1, 4, 96, device=device), torch.ones(32, device=device)
     with pytest.raises(ValueError, match="over 3 ranks"):
-        triton.qk_norm_rope(qkv, weight, weight, tables(4, 8, device), 4, 3, 1e-6)
+        SendLayout.of(4, 3)
+    with pytest.raises(ValueError, match="5 even heads"):
+        triton.qk_norm_rope(qkv, weight, weight, tables(4, 8, device), SendLayout.of(5), 1e-6)
     with pytest.raises(ValueError, match="one row a token"):
-        triton.qk_norm_rope(qkv, weight, weight, tables(3, 8, device), 4, 2, 1e-6)
+        triton.qk_norm_rope(qkv, weight, weight, tables(3, 8, device), SendLayout.of(4, 2), 1e-6)
     with pytest.raises(ValueError, match="evenly spaced"):
         triton.rms_norm(torch.zeros(1, 32, 4, device=device).transpose(1, 2), weight, 1e-6)

@@ -223,7 +223,7 @@ class World:
     def report(self, *names: str, **fields: object) -> None:
         for name in names:
             self.registry[name] = NodeInfo.model_validate(
-                {"id": name, "model": "m", "state": "idle", **fields}
+                {"id": name, "model": "m", "state": "idle", "seen_at": self.now(), **fields}
             )
 
 
@@ -374,6 +374,18 @@ def test_a_restored_redis_without_a_registry_costs_no_node(rng: random.Random) -
     world.report(*names)
     world.clock.now = 500.0
     assert pool(world, kept, cloud).step().decision.remove == ()
+
+
+def test_a_foreign_node_that_fell_silent_is_no_capacity(rng: random.Random) -> None:
+    """A dead node stays in the registry for a minute; the scaler replaces it after 15 seconds."""
+    world, kept = World(waiting=1), Kept()
+    cloud = SimulatedCloud([Offer("c", 10, 9, boot=10)], world.clock, rng)
+    world.report("fixed")
+    world.clock.now = 14.0
+    assert pool(world, kept, cloud).step().decision.capacity == 1
+    world.clock.now = 16.0
+    silent = pool(world, kept, cloud).step().decision
+    assert (silent.capacity, silent.add) == (0, 1)
 
 
 def test_names_fit_every_cloud() -> None:

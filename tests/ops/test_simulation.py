@@ -19,7 +19,7 @@ from tests.support.jobs import new_job
 LOST_CLOUD = SCENARIOS[2]
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(4))
 def test_no_fleet_loses_a_job_when_a_cloud_goes(number: int) -> None:
     scenario = replace(resized(LOST_CLOUD, 8.0), outage=("spot-a", 3600.0, 7200.0))
     fleet = fleets(scenario)[number]
@@ -99,6 +99,6 @@ def test_one_command_writes_table_and_picture(tmp_path: Path, monkeypatch: pytes
     assert page.startswith("# Before\n")
     assert page.endswith("# After\n")
     assert "old" not in page
-    assert "| reel scaler |" in page
+    assert "| reel scaler, 400 s |" in page
     assert "| KEDA queue length |" in page
     assert (tmp_path / "simulation" / "lost-cloud.svg").read_text().startswith("<svg")

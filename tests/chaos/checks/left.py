@@ -6,7 +6,7 @@ from collections import Counter
 from tests.chaos.checks.case import TERMINAL, Case, Record
 
 GLOBAL = re.compile(
-    r"reel:(queues|deadlines|retention|dead|garbage|outbox|outbox:dead|nodes|models|uploads|uploads:users"
+    r"reel:(queues|deadlines|retention|dead|garbage|outbox|outbox:dead|nodes|models|uploads|uploads:users|outcomes"
     r"|apikeys|apikeys:hashes|apikeys:endpoints|celery:.*|login.*"
     r"|(lane|lanes|rising|vtime|waiting|running|leases|timings|wake|claim|idem|gone|node|drain|list|rate):.*)$"
 )

@@ -1,0 +1,37 @@
+"""The text encoder over ranks: each prompt is encoded once, not once a rank.
+
+Shapes: T text tokens, E embedding width.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from engine.parallel.mesh import Mesh
+    from engine.text_encoder import TextEncoder
+
+
+def encode_once(prompts: Sequence[str], encoder: "TextEncoder", mesh: "Mesh") -> list[Tensor]:
+    """[T, E] of each prompt, on every rank."""
+    if mesh.control is None:
+        return [encoder.encode(prompt) for prompt in prompts]
+    weight = encoder.umt5.shared.weight
+    shape = (encoder.text_len, weight.shape[1])
+    return broadcast_texts(lambda i: encoder.encode(prompts[i]), len(prompts), shape, weight)
+
+
+def broadcast_texts(
+    encode: Callable[[int], Tensor], count: int, shape: tuple[int, int], like: Tensor
+) -> list[Tensor]:
+    """`encode(i)` of `shape` for each i below `count` on every rank, done side by side on ranks far apart."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    owners = [ranks * i // count for i in range(count)]
+    texts = [
+        encode(i).contiguous() if owner == rank else like.new_empty(shape) for i, owner in enumerate(owners)
+    ]
+    for text, owner in zip(texts, owners, strict=True):
+        dist.broadcast(text, src=owner)
+    return texts

@@ -1,0 +1,115 @@
+"""One of two gloo ranks that load and run: `python -m tests.engine.loading_ranks CHECKPOINT FOLDER`."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from engine.checksums import verify
+from engine.config import LoraUse
+from engine.errors import CheckpointError
+from engine.layout import find_layout
+from engine.load import load_pipeline
+from engine.parallel.mesh import Mesh
+from engine.pipeline import Pipeline
+from engine.requests import resolve
+from engine.transfer import Meter
+from engine.weights import load_tensors
+from tests.engine.sinks import Frames
+
+LORA = LoraUse("style", 0.7)
+SIZE = (48, 48)  # with 9 frames 3 x 3 x 3 = 27 tokens: odd, so padded over two ranks
+
+
+def video(pipeline: Pipeline, *loras: LoraUse) -> np.ndarray:
+    """Both experts work (t = 999, 749, 499, 249), on an odd number of tokens."""
+    request = resolve(
+        pipeline.spec, "a cat", size=SIZE, frame_num=9, sampling_steps=4, shift=1.0, seed=3, loras=loras
+    )
+    sink = Frames()
+    pipeline.generate(request, sink)
+    return sink.video if sink.chunks else np.zeros(0, np.uint8)
+
+
+def state(pipeline: Pipeline) -> dict[str, Tensor]:
+    """Copies of what this rank holds of the experts."""
+    experts = {"high": pipeline.high, "low": pipeline.low}
+    return {
+        f"{expert}.{name}": (p.to_local() if isinstance(p, DTensor) else p.data).clone()
+        for expert, model in experts.items()
+        if model is not None
+        for name, p in model.named_parameters()
+    }
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def check_reading(checkpoint: Path, mesh: Mesh) -> dict[str, object]:
+    """Both ranks have every tensor, and together they have read each byte once."""
+    entries = find_layout(checkpoint).high.entries
+    results: dict[str, object] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        meter, came = Meter(), list[int]()
+        both = load_tensors(
+            entries, device=torch.device("cpu"), dtype_of=lambda _, dtype=dtype: dtype, mesh=mesh,
+            on_bytes=came.append, meter=meter,
+        )  # fmt: skip
+        alone = load_tensors(entries, device=torch.device("cpu"), dtype_of=lambda _, dtype=dtype: dtype)
+        size = sum(entry.size for entry in entries.values())
+        results[f"equal {dtype}"] = equal(both, alone)
+        results[f"own {dtype}"] = meter.own
+        results[f"told {dtype}"] = meter.total == sum(came) == size
+        results["size"] = size
+    return results
+
+
+def check_video(checkpoint: Path, mesh: Mesh, rung: str, folder: Path) -> dict[str, object]:
+    """The video, the same with a LoRA, and again without; what this rank keeps of the weights."""
+    pipeline = load_pipeline(checkpoint, mesh=mesh, device="cpu", rung=rung)  # type: ignore[arg-type]
+    before = state(pipeline)
+    frames = [video(pipeline), video(pipeline, LORA)]
+    changed = not equal(state(pipeline), before)
+    frames.append(video(pipeline))
+    if mesh.rank == 0:
+        np.savez(folder / f"{rung}-{mesh.layout}.npz", *frames)
+    matrices = [t for name, t in before.items() if ".ffn.0.weight" in name]
+    return {
+        "restored": equal(state(pipeline), before),
+        "changed": changed,
+        "rows": {len(matrix) for matrix in matrices} == {64 if rung == "shard" else 128},
+        "again": bool((frames[0] == frames[2]).all()),
+    }
+
+
+def check_verify(checkpoint: Path, mesh: Mesh) -> bool:
+    """A file that only one rank hashes is wrong: both say so."""
+    try:
+        verify(checkpoint, mesh)
+    except CheckpointError as error:
+        return "has SHA-256" in str(error) and "high_noise_model" in str(error)
+    return False
+
+
+def main(checkpoint: Path, folder: Path) -> None:
+    torch.set_num_threads(1)
+    mesh = Mesh.init(
+        guidance=1, ulysses=2, backend="gloo", init_method=f"file://{os.environ['MEETING']}",
+        timeout_seconds=60,
+    )  # fmt: skip
+    results: dict[str, object] = {"reading": check_reading(checkpoint, mesh)}
+    for rung in ("resident", "branches", "text", "shard"):
+        results[rung] = check_video(checkpoint, mesh, rung, folder)
+    results["verify"] = check_verify(checkpoint, mesh)
+    (folder / f"results.{mesh.rank}").write_text(json.dumps(results))
+    mesh.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

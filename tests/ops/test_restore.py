@@ -1,0 +1,153 @@
+"""Steps of docs/operations.md that nobody wants to try first in an emergency: restore, rotate."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis as redis_package
+
+from infra.cli import invoke
+from infra.docker import make_secrets
+from jobs.client import connect
+from jobs.job import JobState
+from jobs.keys import KeyStore, Scope
+from jobs.settings import Settings, get_settings
+from jobs.store import JobStore
+from tests.ops.compose import until
+from tests.support.jobs import new_job, result
+from tests.support.redis import RedisServer, redis_server, rewind
+
+ROOT = Path(__file__).resolve().parents[2]
+SECRET = "the same REEL_SECRET_KEY before and after"
+
+
+def test_redis_comes_back_from_a_backup(tmp_path: Path) -> None:
+    """BGSAVE, copy dump.rdb, start on it without the AOF, turn the AOF on, start as usual: all is there."""
+    with redis_server("--appendonly", "yes") as server:
+        settings = Settings(redis_url=server.url)
+        client: Any = connect(settings)
+        store, keys = JobStore(client, settings), KeyStore(client, SECRET)
+        _, plain, secret = keys.create("customer", (Scope.SUBMIT,))
+        ended, running, waiting = (store.submit(new_job())[0].id for _ in range(3))
+        for _ in range(2):
+            claimed = store.claim("tiny", "n1")
+            assert claimed is not None
+            if claimed.id == ended:
+                store.finish(ended, claimed.token, result(ended, claimed.token))
+        client.execute_command("BGSAVE")
+        until(
+            lambda: not client.execute_command("INFO", "persistence")["rdb_bgsave_in_progress"], 20, "BGSAVE"
+        )
+        backup = (server.folder / "dump.rdb").read_bytes()
+        later, _ = store.submit(new_job())  # after the backup: lost with the server
+    fresh = Path(tmp_path, "r")
+    fresh.mkdir()
+    (fresh / "dump.rdb").write_bytes(backup)
+    first = RedisServer(fresh, "--appendonly", "no")
+    first.start()
+    turn_aof_on(first)
+    first.stop()  # SIGKILL: what counts from here on is the AOF
+    (fresh / "dump.rdb").unlink()
+    usual = RedisServer(fresh, "--appendonly", "yes")
+    usual.start()
+    try:
+        settings = Settings(redis_url=usual.url)
+        client = connect(settings)
+        store, keys = JobStore(client, settings), KeyStore(client, SECRET)
+        assert store.get(ended).state is JobState.SUCCEEDED
+        key = keys.authenticate(plain)
+        assert key is not None
+        assert keys.webhook_secrets(key.id) == [secret]
+        rewind(client, running, lease=True)  # its node lives on, or not: the lease decides
+        again = [store.claim("tiny", "n2"), store.claim("tiny", "n2")]
+        assert [job.id for job in again if job] == [running, waiting]
+        assert again[0] is not None
+        assert (again[0].token, again[0].attempts) == (2, 1)
+        with pytest.raises(Exception, match=later.id):
+            store.get(later.id)
+    finally:
+        usual.stop()
+
+
+def turn_aof_on(server: RedisServer) -> None:
+    """As an operator does it, and waits for it."""
+    with redis_package.Redis.from_url(server.url, decode_responses=True) as client:
+        client.config_set("appendonly", "yes")
+
+        def done() -> bool:
+            info = client.info("persistence")
+            return bool(not info["aof_rewrite_in_progress"] and not info["aof_rewrite_scheduled"])
+
+        until(done, 20, "the first AOF")
+
+
+def test_redis_passwords_rotate_without_a_break(tmp_path: Path) -> None:
+    """--rotate, ACL LOAD, restart the role, --finish, ACL LOAD: a node works through all of it."""
+    secrets = tmp_path / "secrets"
+    make_secrets.make(secrets)
+    users = secrets / "users.acl"  # here the default user stays, for the helper that starts the server
+    make_secrets.write(
+        users, users.read_text().replace("default off nopass nocommands", "default on nopass ~* +@all")
+    )
+    with redis_server("--aclfile", str(users)) as plain:
+        admin = redis_package.Redis.from_url(plain.url)
+        before = as_role("node", plain, secrets)
+        store = JobStore(before, Settings())
+        run = [sys.executable, str(ROOT / "infra/docker/make_secrets.py"), str(secrets)]
+        subprocess.run([*run, "--rotate", "node"], check=True, capture_output=True)
+        admin.execute_command("ACL", "LOAD")
+        assert store.claim("tiny", "n1") is None  # the old password still works, on a new connection too
+        before.connection_pool.disconnect()
+        assert store.claim("tiny", "n1") is None
+        after = as_role("node", plain, secrets)
+        assert JobStore(after, Settings()).claim("tiny", "n2") is None
+        subprocess.run([*run, "--finish", "node"], check=True, capture_output=True)
+        admin.execute_command("ACL", "LOAD")
+        after.connection_pool.disconnect()
+        assert JobStore(after, Settings()).claim("tiny", "n2") is None
+        before.connection_pool.disconnect()
+        with pytest.raises(Exception, match=r"(?i)WRONGPASS|invalid username"):
+            before.execute_command("PING")
+        assert users.read_text().count(">") == len(make_secrets.ROLES)
+        assert oct(users.stat().st_mode)[-3:] == "444"
+
+
+def as_role(role: str, server: RedisServer, secrets: Path) -> Any:
+    """A client by the role's own URL, but for where the server is."""
+    found = re.search(r"//(\w+):(\w+)@", (secrets / f"redis_url_{role}").read_text())
+    assert found is not None
+    return connect(Settings(redis_url=server.url.replace("unix://", f"unix://{found[1]}:{found[2]}@")))
+
+
+def shown(capsys: pytest.CaptureFixture[str]) -> str:
+    """The new value, at the end of the first line."""
+    return capsys.readouterr().out.splitlines()[0].split()[-1]
+
+
+def test_api_keys_and_webhook_secrets_rotate_by_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with redis_server() as server:
+        monkeypatch.setenv("REEL_REDIS_URL", server.url)
+        monkeypatch.setenv("REEL_SECRET_KEY", SECRET)
+        get_settings.cache_clear()
+        try:
+            keys = KeyStore(connect(Settings()), SECRET)
+            record, old, old_secret = keys.create("customer", (Scope.SUBMIT,))
+            assert invoke(["keys", "rotate", record.id]) == 0
+            new = shown(capsys)
+            assert new != old
+            assert all(keys.authenticate(plain) is not None for plain in (old, new))  # both, for a day
+            assert invoke(["keys", "rotate-secret", record.id, "--overlap-hours", "0.5"]) == 0
+            new_secret = shown(capsys)
+            assert keys.webhook_secrets(record.id) == [new_secret, old_secret]
+            assert invoke(["keys", "rotate", record.id, "--overlap-hours", "0"]) == 0
+            newest = shown(capsys)
+            assert keys.authenticate(new) is None
+            assert keys.authenticate(newest) is not None
+            assert invoke(["keys", "rotate", "key_none"]) == 1
+        finally:
+            get_settings.cache_clear()
