@@ -152,7 +152,7 @@ class NodeFaults(Injector):
 
     async def hung_collective(self) -> None:
         """One of the real engine's two ranks stops for good in the middle of a job, and the other waits."""
-        job_id = await self.load.submit_real(sampling_steps=60, priority="high")
+        job_id = await self.load.submit_real(sampling_steps=600, priority="high")  # some seconds of denoising
 
         def act(call: Call) -> None:
             ranks = self.world.parts[REAL].find("RankActor")
