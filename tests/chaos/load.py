@@ -137,6 +137,8 @@ class Load:
                 return job_id
             retry_after = answer.headers.get("retry-after")
             self._history.add("submit", **record, retry_after=retry_after)
+            if 400 <= answer.status_code < 429:  # the checker minds; again would be for ever
+                raise ValueError(answer.text)
             await asyncio.sleep(0.5)
 
     async def cancel(self, job_id: str) -> None:
