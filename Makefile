@@ -1,6 +1,6 @@
 # Every target is a script; see scripts/. ARGS go to the program behind it, as in
 #   make test ARGS="tests/jobs -x"
-.PHONY: demo test test-gpu lint up clean
+.PHONY: demo test test-gpu chaos lint up clean
 MAKEFLAGS += --no-print-directory
 ARGS ?=
 
@@ -12,6 +12,9 @@ test:  ## set up, then every test that this machine can run
 
 test-gpu:  ## the tests that need a CUDA GPU
 	@REEL_TEST_MARKS="gpu" scripts/test.sh $(ARGS)
+
+chaos:  ## an hour of faults over real processes, then a check of every promise; ARGS="--minutes 10"
+	@scripts/chaos.sh $(ARGS)
 
 lint:  ## ruff and mypy
 	@scripts/lint.sh

@@ -2,7 +2,7 @@
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -61,14 +61,24 @@ class Settings(BaseSettings):
     retention_seconds: int = Field(7 * 86_400, ge=60)  # terminal jobs and their videos
     webhook_progress_seconds: Seconds = 10.0  # at most one job.progress webhook a job per this many seconds
 
+    # Webhooks
+    webhook_timeout_seconds: Seconds = 15.0  # one attempt, from connecting to the answer's head
+    # seconds until the next attempt, by attempts made; after the last of them comes the dead letter
+    webhook_retry_seconds: tuple[Seconds, ...] = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
+
     # Node
     node_id: str | None = None  # None: host name plus a random suffix
     node_ranks: int = Field(0, ge=0)  # 0: one per visible GPU, or one on a CPU
     poll_seconds: Seconds = 1.0
     drain_seconds: Seconds = 600.0  # grace for the running job after SIGTERM
+    spot_notice: Literal["aws", "gcp", "azure"] | None = None  # whose interruption notices a node watches for
+    spot_notice_endpoint: str | None = None  # the metadata service; None: that cloud's own address
+    spot_grace_seconds: Seconds = 20.0  # as drain_seconds, after such a notice (30 s on GCP and Azure)
     rank_timeout_seconds: Seconds = 30.0  # until the ranks of a node notice that one is dead or hangs
     step_timeout_seconds: Seconds = 600.0  # a rank silent for longer is taken for hung
     data_dir: Path = Path(".reel")
+    # import path of the function that builds a rank's pipeline (its signature: worker.build.Builder)
+    engine: str = "worker.build:build"
     node_price_per_hour: float = Field(0, ge=0)  # of the whole machine, in your currency; 0: unknown
     lora_dir: Path | None = None  # LoRAs that requests may name; None: the checkpoint's own loras/
     verify_checkpoint: bool = False  # compare checksums before loading

@@ -2,14 +2,18 @@
 
 Losing a message must not matter, for Celery over Redis can lose one (a worker that dies within a second of
 the fetch). So messages carry no truth: the outbox says which deliveries are due, and a sweep looks at the
-store itself. Beat asks every second; what was lost is found at the next look.
+store itself. Beat asks every second; what was lost is found at the next look. Messages don't name deliveries:
+each says "send what is due", so that their number is bounded by the senders, whatever the backlog.
 """
 
 import logging
+import random
 import ssl
+import time
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Semaphore
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -32,10 +36,12 @@ from worker.webhooks import WebhookSender, signing_secrets
 PREFIX = "reel:celery:"  # of every Redis key that Celery makes
 VISIBILITY_SECONDS = 120  # an unacknowledged message comes back after this; above any task's time
 DISPATCH_SECONDS = 1.0  # how often due deliveries are looked for
-RESEND_SECONDS = 10  # a dispatched delivery that nobody took by then is dispatched again
+DELIVER_SECONDS = 30.0  # how long one message's sender goes on before it makes room for another task
 CLEAN_SECONDS = 60.0
-THREADS = 16  # deliveries at once; a hanging receiver holds one for 15 s
-DISPATCH_LIMIT = 200
+THREADS = 16
+SENDERS = 13  # of them deliver at once, so that hanging receivers (15 s each) can't keep the sweep waiting
+LOOK = 64  # due deliveries that a sender chooses from; senders that all took the first would collide
+QUEUE = "reel"
 log = logging.getLogger(__name__)
 
 
@@ -61,12 +67,7 @@ class Services:
         assert self.settings.secret_key is not None, "checked at start"
         keys = KeyStore(self.redis, self.settings.secret_key)
         endpoints = EndpointStore(self.redis, self.settings, self.settings.secret_key)
-        return WebhookSender(
-            self.outbox,
-            signing_secrets(keys, endpoints),
-            allow_loopback=self.settings.allow_loopback_callbacks,
-            allowed_hosts=self.settings.local_hosts,
-        )
+        return WebhookSender(self.outbox, signing_secrets(keys, endpoints), settings=self.settings)
 
     @cached_property
     def store(self) -> JobStore:
@@ -90,23 +91,27 @@ def make_app(settings: Settings) -> Celery:
     app.conf.update(configuration(settings))
     services = Services(settings)
 
+    senders = Semaphore(SENDERS)
+
     @app.task(name="reel.dispatch", shared=False)
     def dispatch() -> int:
-        """Send a `deliver` message for each due delivery that has none under way."""
-        due = services.outbox.due(DISPATCH_LIMIT)
-        fresh = [
-            one for one in due if services.redis.set(f"{PREFIX}sent:{one}", "1", nx=True, ex=RESEND_SECONDS)
-        ]
-        for delivery_id in fresh:
-            deliver.apply_async((delivery_id,), expires=VISIBILITY_SECONDS)
-        return len(fresh)
+        """Have as many senders work as there are due deliveries, if so many aren't on their way already."""
+        if services.redis.llen(f"{PREFIX}{QUEUE}") >= SENDERS:
+            return 0
+        wanted = len(services.outbox.due(SENDERS))
+        for _ in range(wanted):
+            deliver.apply_async(expires=DELIVER_SECONDS)
+        return wanted
 
     @app.task(name="reel.deliver", shared=False)
-    def deliver(delivery_id: str) -> None:
-        """Make one attempt of one delivery, then of what its end made due (the job's next event)."""
-        services.sender.send(delivery_id)
-        services.redis.delete(f"{PREFIX}sent:{delivery_id}")
-        dispatch()
+    def deliver() -> int:
+        """Send due deliveries one after the other, also what their end makes due; how many attempts."""
+        if not senders.acquire(blocking=False):
+            return 0  # enough of us are at it
+        try:
+            return send_due(services.outbox, services.sender)
+        finally:
+            senders.release()
 
     @app.task(name="reel.sweep", shared=False)
     def sweep_jobs() -> int:
@@ -119,6 +124,18 @@ def make_app(settings: Settings) -> Celery:
         return remove_files(services.store, services.storage, services.uploads)
 
     return app
+
+
+def send_due(outbox: Outbox, sender: WebhookSender) -> int:
+    """Attempt what is due until nothing is, or for DELIVER_SECONDS; how many attempts were made."""
+    end, made = time.monotonic() + DELIVER_SECONDS, 0
+    while time.monotonic() < end and (due := outbox.due(LOOK)):
+        random.shuffle(due)
+        # The first that nobody else took; when all were taken, others do the work.
+        if not any(sender.send(one) for one in due):
+            break
+        made += 1
+    return made
 
 
 def configuration(settings: Settings) -> dict[str, Any]:
@@ -145,7 +162,7 @@ def configuration(settings: Settings) -> dict[str, Any]:
         "broker_transport_options": transport,
         "result_backend_transport_options": transport,
         "visibility_timeout": VISIBILITY_SECONDS,
-        "task_default_queue": "reel",
+        "task_default_queue": QUEUE,
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
         "worker_cancel_long_running_tasks_on_connection_loss": True,

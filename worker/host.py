@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from worker.plan import NodePlan
+from worker.plan import NodePlan, grace_seconds
 from worker.processes import adopt_orphans, alive, kill_descendants
 from worker.supervisor import EXIT_DONE, EXIT_FATAL, EXIT_REBUILD
 
@@ -77,7 +77,7 @@ def host(plan: NodePlan, orders: "Orders") -> int:
             raise ClusterBroke(status.detail)
         if orders.word != told:
             told = orders.word
-            node.drain.remote(grace=plan.settings.drain_seconds if told == "drain" else 0.0)
+            node.drain.remote(grace=grace_seconds(told or "stop", plan.settings))
         orders.changed.wait(WATCH_SECONDS)
         orders.changed.clear()
 

@@ -4,18 +4,16 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch
-
 from engine.config import ModelSpec
-from engine.parallel.mesh import Mesh
 from jobs.job import Job, jsonable
+from worker.build import Ranks
 from worker.plan import NodePlan
 
 PACKAGES = ("reelserve", "torch", "transformers", "triton", "numpy", "ray")
 
 
 def manifest_of(
-    job: Job, spec: ModelSpec, mesh: Mesh, plan: NodePlan, seconds: dict[str, float]
+    job: Job, spec: ModelSpec, mesh: Ranks, plan: NodePlan, seconds: dict[str, float]
 ) -> dict[str, Any]:
     """Request, model, versions, layout and timings (seconds per phase) of one finished attempt."""
     return {
@@ -32,11 +30,19 @@ def manifest_of(
             "fps": spec.fps,
         },
         "layout": {"ranks": mesh.size, "guidance": mesh.guidance, "ulysses": mesh.ulysses},
-        "device": torch.cuda.get_device_name() if plan.device == "cuda" else platform.machine(),
+        "device": _device(plan),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "node": plan.node_id,
         "seconds": seconds,
     }
+
+
+def _device(plan: NodePlan) -> str:
+    if plan.device == "cuda":
+        import torch
+
+        return str(torch.cuda.get_device_name())
+    return platform.machine()
 
 
 def _version(package: str) -> str | None:

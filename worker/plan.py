@@ -31,6 +31,11 @@ class NodePlan:
         return self.run_dir / "log"
 
 
+def grace_seconds(word: str, settings: Settings) -> float:
+    """How long what runs may go on, by what a node was asked: drain, reclaim (a spot notice) or stop."""
+    return {"drain": settings.drain_seconds, "reclaim": settings.spot_grace_seconds}.get(word, 0.0)
+
+
 def visible_gpus() -> int:
     """How many NVIDIA GPUs this process may use, without starting CUDA."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -12,7 +12,7 @@ import httpx
 
 from jobs.addresses import Address, CallbackRefused, check_callback_url
 
-TIMEOUT_SECONDS = 15.0  # the whole exchange, name lookup excepted
+TIMEOUT_SECONDS = 15.0  # of a whole exchange, name lookup excepted, unless the caller says otherwise
 ADDRESSES_TRIED = 3  # of a name's, when one refuses the connection
 
 
@@ -32,29 +32,32 @@ def post(
     *,
     allow_loopback: bool,
     allowed_hosts: frozenset[str] = frozenset(),
+    timeout: float = TIMEOUT_SECONDS,
 ) -> Answer:
-    """POST `body`; never raises. The answer's body is not read, redirects are not followed, proxies not used.
+    """POST `body` within `timeout` seconds; never raises.
+
+    The answer's body is not read, redirects are not followed, proxies not used.
 
     The address is looked up and checked now, and the connection goes to exactly what was checked.
     """
     try:
         addresses = check_callback_url(url, allow_loopback=allow_loopback, allowed_hosts=allowed_hosts)
-        return asyncio.run(_post_any(url, addresses, body, headers))
+        return asyncio.run(_post_any(url, addresses, body, headers, timeout))
     except CallbackRefused as error:
         return Answer(error=str(error))
     except TimeoutError:
-        return Answer(error=f"no answer within {TIMEOUT_SECONDS:.0f} s")
+        return Answer(error=f"no answer within {timeout:g} s")
     except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
         return Answer(error=f"{type(error).__name__}: {error}"[:300])
 
 
-async def _post_any(url: str, addresses: list[Address], body: bytes, headers: dict[str, str]) -> Answer:
+async def _post_any(
+    url: str, addresses: list[Address], body: bytes, headers: dict[str, str], timeout: float
+) -> Answer:
     """Try the addresses in order until one takes the connection, all within one time limit."""
     async with (
-        asyncio.timeout(TIMEOUT_SECONDS),
-        httpx.AsyncClient(
-            verify=_tls(), timeout=TIMEOUT_SECONDS, trust_env=False, follow_redirects=False
-        ) as client,
+        asyncio.timeout(timeout),
+        httpx.AsyncClient(verify=_tls(), timeout=timeout, trust_env=False, follow_redirects=False) as client,
     ):
         tried = addresses[:ADDRESSES_TRIED]
         for address in tried[:-1]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.errors import LeaseLost, StorageUnavailable, StoreUnavailable
+from jobs.errors import JobNotFound, LeaseLost, StorageUnavailable, StoreUnavailable
 from jobs.job import FailureClass, Job, JobError, Phase, VideoResult
 from jobs.storage import ObjectStore, artifact_key
 from jobs.store import JobStore
@@ -165,10 +165,23 @@ class Publisher:
             self._spool.drop(job.id)
         elif self._drain.overdue >= 0 and not lease.lost:
             tell(lambda: self._store.give_back(job.id, job.token))  # the finished MP4 stays in the spool
+        # From here on a late commit of ours would be refused, so what is there now stays true.
         try:
+            if self._committed(job):
+                log.info("job %s: was committed, though the reply was lost", job.id)
+                self._spool.drop(job.id)
+                return
             self._storage.delete_prefix(artifact_key(job.id, job.token, ""))
-        except STORAGE_ERRORS as error:
+        except (*STORAGE_ERRORS, StoreUnavailable) as error:  # they go with the job, at the latest
             log.warning("job %s: cannot remove objects of token %d: %s", job.id, job.token, error)
+
+    def _committed(self, job: Job) -> bool:
+        """Whether the job's result is this attempt's. Raises StoreUnavailable: nothing may be removed."""
+        try:
+            result = self._store.get(job.id).result
+        except JobNotFound:
+            return False
+        return result is not None and result.video_key == artifact_key(job.id, job.token, VIDEO)
 
     def _fail(self, job: Job, detail: str) -> None:
         error = JobError(

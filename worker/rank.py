@@ -2,26 +2,21 @@
 
 import logging
 import os
+import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import ray
-import torch
-
 from engine.config import Canceled, GenerationRequest
-from engine.errors import CheckpointError, OutOfMemory, RequestError
-from engine.load import load_pipeline
-from engine.parallel.mesh import Mesh
-from engine.specs import KNOWN
-from engine.warmup import warm_up
+from engine.errors import OutOfMemory, RequestError
 from jobs.job import FailureClass, Job
+from worker.build import builder
 from worker.connect import open_store
 from worker.estimate import History
 from worker.manifest import manifest_of
 from worker.plan import NodePlan
 from worker.reporter import Reporter
-from worker.reports import BadModel, Loaded, RankReport, Stop
+from worker.reports import Loaded, RankReport, Stop
 from worker.video import VideoFolder
 
 log = logging.getLogger(__name__)
@@ -49,31 +44,10 @@ class Rank:
     def load(self, rendezvous: Path) -> Loaded:
         """Join the other ranks through the `rendezvous` file and load the model. Raises BadModel."""
         began = time.monotonic()
-        torch.set_num_threads(self.plan.threads)
-        self._device = self._pick_device()
-        self._mesh = self._join(rendezvous)
-        settings = self.plan.settings
-        dtype = torch.bfloat16 if self.plan.device == "cuda" else torch.float32
-        try:
-            self._pipeline = load_pipeline(
-                self.plan.model,
-                mesh=self._mesh,
-                device=self._device,
-                dtype=dtype,
-                name=self.plan.name if self.plan.name in KNOWN else None,
-                loras=settings.lora_dir,
-                verify=settings.verify_checkpoint,
-                memory_limit=None
-                if settings.gpu_memory_gib is None
-                else int(settings.gpu_memory_gib * 2**30),
-            )
-            if settings.warm_up:
-                warm_up(self._pipeline)
-        except (CheckpointError, FileNotFoundError) as error:
-            raise BadModel(str(error)) from None
+        self._pipeline = builder(self.plan.settings.engine)(self.plan, self.index, rendezvous)
         if self.index == 0:
             self._store = open_store(self.plan.settings)
-        log.info("rank %d ready in %.1f s on %s", self.index, time.monotonic() - began, self._device)
+        log.info("rank %d ready in %.1f s on %s", self.index, time.monotonic() - began, self.plan.device)
         return Loaded(self._pipeline.spec, os.getpid())
 
     def generate(self, job: Job, request: GenerationRequest, folder: Path) -> RankReport:
@@ -124,30 +98,8 @@ class Rank:
         except BaseException:
             sink.abort()
             raise
-        manifest = manifest_of(job, self._pipeline.spec, self._mesh, self.plan, result.seconds)
+        manifest = manifest_of(job, self._pipeline.spec, self._pipeline.mesh, self.plan, result.seconds)
         self._written[folder] = _Written(sink, result.seconds, manifest)
-
-    def _pick_device(self) -> torch.device:
-        """The GPU that Ray gave to this rank, or the CPU. All GPUs stay visible to all ranks."""
-        if self.plan.device == "cpu":
-            return torch.device("cpu")
-        device = torch.device("cuda", int(ray.get_gpu_ids()[0]))
-        torch.cuda.set_device(device)
-        return device
-
-    def _join(self, rendezvous: Path) -> Mesh:
-        """The mesh over all ranks; a single rank needs no process group."""
-        if self.plan.ranks == 1:
-            return Mesh.single()
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine
-        return Mesh.init(
-            backend="gloo" if self.plan.device == "cpu" else "nccl",
-            init_method=f"file://{rendezvous}",
-            rank=self.index,
-            world_size=self.plan.ranks,
-            timeout_seconds=self.plan.settings.rank_timeout_seconds,
-            device=self._device,
-        )
 
 
 class NoFrames:
@@ -162,6 +114,8 @@ def failure_class(error: BaseException) -> FailureClass:
     """Whose fault an exception of the engine is."""
     if isinstance(error, RequestError):
         return FailureClass.USER
-    if isinstance(error, (OutOfMemory, torch.OutOfMemoryError, MemoryError)):
+    torch = sys.modules.get("torch")  # not imported for its error's sake: only a loaded one can raise it
+    memory = (OutOfMemory, MemoryError) + ((torch.OutOfMemoryError,) if torch else ())
+    if isinstance(error, memory):
         return FailureClass.OUT_OF_MEMORY
     return FailureClass.INFRASTRUCTURE

@@ -6,9 +6,9 @@ It imports neither Ray nor torch, so that nothing in it can hang or crash with t
       host (`python -m worker.host`: Ray's driver)
         gcs_server, raylet ─ agents, node actor, rank actors ─ ffmpeg
 
-The host's stdin is the leash: the plan goes down it first, then `drain` or `stop`. Its end (the supervisor
-died, by SIGKILL too) makes the host kill everything below it. If the host dies, its orphans come here and
-are killed.
+The host's stdin is the leash: the plan goes down it first, then `drain`, `reclaim` or `stop`. Its end (the
+supervisor died, by SIGKILL too) makes the host kill everything below it. If the host dies, its orphans come
+here and are killed.
 """
 
 import logging
@@ -24,7 +24,8 @@ from pathlib import Path
 from types import FrameType
 
 from engine.compiled import keep_compiled
-from worker.plan import NodePlan, ray_environment
+from worker.notice import Notice
+from worker.plan import NodePlan, grace_seconds, ray_environment
 from worker.processes import adopt_orphans, kill_descendants
 
 EXIT_DONE = 0  # drained
@@ -42,7 +43,7 @@ class Supervisor:
     def __init__(self, plan: NodePlan) -> None:
         self.plan = plan
         self._host: subprocess.Popen[bytes] | None = None
-        self._asked: str | None = None  # None, "drain" or "stop"
+        self._asked: str | None = None  # None, or one of worker.plan.GRACE
         self._asked_at = 0.0
         self._wake = threading.Event()
 
@@ -52,6 +53,9 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         threading.Thread(target=_forward, args=(self.plan.log_pipe,), name="logs", daemon=True).start()
+        settings = self.plan.settings
+        if settings.spot_notice is not None:
+            Notice(settings.spot_notice, settings.spot_notice_endpoint).watch(lambda: self._ask("reclaim"))
         try:
             return self._supervise()
         finally:
@@ -102,13 +106,15 @@ class Supervisor:
             return self._host.returncode
 
     def _deadline(self) -> float:
-        grace = self.plan.settings.drain_seconds if self._asked == "drain" else 0.0
-        return self._asked_at + grace + LAST_SECONDS
+        assert self._asked is not None
+        return self._asked_at + grace_seconds(self._asked, self.plan.settings) + LAST_SECONDS
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """SIGTERM drains; SIGINT, or a second SIGTERM, gives back at once what runs."""
-        self._asked = "drain" if number == signal.SIGTERM and self._asked is None else "stop"
-        self._asked_at = time.monotonic()
+        self._ask("drain" if number == signal.SIGTERM and self._asked is None else "stop")
+
+    def _ask(self, word: str) -> None:
+        self._asked, self._asked_at = word, time.monotonic()
         self._tell(self._asked)
         self._wake.set()
 

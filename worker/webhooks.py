@@ -15,13 +15,12 @@ from standardwebhooks import Webhook
 from jobs.endpoints import EndpointStore
 from jobs.keys import KeyStore
 from jobs.outbox import Delivery, Outbox
-from worker.post import TIMEOUT_SECONDS, Answer, post
+from jobs.settings import Settings
+from worker.post import Answer, post
 
-# Seconds until the next try, by tries made; after the last of them the delivery goes to the dead letter.
-SCHEDULE = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
 JITTER = 0.2  # of a delay, added at random, so that receivers that fell together don't rise together
 LONGEST_DELAY = 86_400.0  # a Retry-After beyond it is cut
-LEASE_SECONDS = 2 * TIMEOUT_SECONDS + 15.0  # the lookup, the post and the report
+LEASE_MARGIN = 15.0  # seconds a delivery's lease lasts beyond twice the timeout: the lookup and the report
 MAX_BODY_BYTES = 20_000
 log = logging.getLogger(__name__)
 
@@ -33,19 +32,18 @@ class WebhookSender:
         self,
         outbox: Outbox,
         secrets: Callable[[Delivery], list[str]],
-        *,
-        allow_loopback: bool,
-        allowed_hosts: frozenset[str] = frozenset(),
-        schedule: tuple[float, ...] = SCHEDULE,
+        settings: Settings,
     ) -> None:
         """secrets: what signs a delivery, newest first (`signing_secrets`)."""
         self._outbox, self._secrets = outbox, secrets
-        self._allow_loopback, self._allowed_hosts = allow_loopback, allowed_hosts
-        self._schedule = schedule
+        self._allow_loopback = settings.allow_loopback_callbacks
+        self._allowed_hosts = settings.local_hosts
+        self._schedule = settings.webhook_retry_seconds
+        self._timeout = settings.webhook_timeout_seconds
 
     def send(self, delivery_id: str) -> bool:
         """Make one attempt of one delivery. False: it is another worker's, not due, or has ended."""
-        delivery = self._outbox.take(delivery_id, LEASE_SECONDS)
+        delivery = self._outbox.take(delivery_id, 2 * self._timeout + LEASE_MARGIN)
         if delivery is None:
             return False
         body = body_of(delivery)
@@ -65,6 +63,7 @@ class WebhookSender:
             headers,
             allow_loopback=self._allow_loopback,
             allowed_hosts=self._allowed_hosts,
+            timeout=self._timeout,
         )
         self._settle(delivery, answer)
         return True

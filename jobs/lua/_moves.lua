@@ -11,10 +11,16 @@ local function use_image(job, change)
   end
 end
 
+-- The next attempt's token: microseconds of the claim, and always above the last. A count would give the same
+-- token twice when Redis lost a claim (a fail-over, a power cut) and the job was claimed anew.
+local function next_token(job)
+  return string.format('%.0f', math.max(job.token + 1, clock[1] * 1e6 + clock[2]))
+end
+
 -- A new attempt: the token rises, so every earlier owner's writes are refused from here on.
 local function start(job, node)
   move(job, 'running', {
-    token = tostring(job.token + 1), owner = node, lease_until = seconds(now + conf.lease_seconds),
+    token = next_token(job), owner = node, lease_until = seconds(now + conf.lease_seconds),
     started_at = seconds(now), phase = '', step = '0', progress = '0', eta_seconds = '', closed = '',
   })
   redis.call('ZREM', P .. 'deadlines', job.id)

@@ -29,6 +29,7 @@ class Comparison:
         store.scripts = Scripts(store.redis, store.settings)  # whatever is planted now
         self.outbox = Outbox(store.redis, store.settings)
         self.model = Model(MAX_ATTEMPTS)
+        self.tokens: dict[str, list[int]] = {}  # by job: what each claim gave, where the model counts
         self.versions: dict[str, tuple[int, Job | None]] = {}
         self.sent: dict[str, list[str]] = {}
 
@@ -43,6 +44,7 @@ class Comparison:
         ):  # the second as if the reply was lost
             assert created[1]
         self.model.submit(new.id, key, priority.value, hooked)
+        self.tokens[new.id] = [0]
         return self.model.jobs[new.id]
 
     def claim(self, node: str = "n1") -> ModelJob:
@@ -55,6 +57,9 @@ class Comparison:
         job = self.store.claim("tiny", node)
         expected = self.model.claim(node)
         assert (job.id if job else None) == expected
+        if job is not None:
+            assert job.token > self.tokens[job.id][-1]
+            self.tokens[job.id].append(job.token)
         return expected
 
     def node_side(
@@ -67,7 +72,7 @@ class Comparison:
         again = job.ended == (token, call)
         legal = owns and (call != "cancel_running" or job.cancel_requested)
         try:
-            answer = self._call(call, job.id, token, kind)
+            answer = self._call(call, job.id, self.tokens[job.id][token], kind)
         except LeaseLost:
             assert not owns
             assert not again
@@ -160,8 +165,10 @@ class Comparison:
         assert jobs.keys() == self.model.jobs.keys()
         for job_id, job in jobs.items():
             expected = self.model.jobs[job_id]
+            assert len(self.tokens[job_id]) == expected.token + 1
             seen = (job.state.value, job.attempts, job.token, job.cancel_requested)
-            assert seen == (expected.state, expected.attempts, expected.token, expected.cancel_requested)
+            token = self.tokens[job_id][-1]
+            assert seen == (expected.state, expected.attempts, token, expected.cancel_requested)
             if expected.state in LIVE:
                 assert job.owner == expected.owner
             assert (job.lease_until is not None) == (job.state == "running")

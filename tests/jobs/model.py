@@ -20,7 +20,7 @@ class ModelJob:
     state: str = "queued"
     attempts: int = 0
     memory_failures: int = 0
-    token: int = 0
+    token: int = 0  # how many claims; the real one is a time
     owner: str | None = None
     cancel_requested: bool = False
     started: bool = False

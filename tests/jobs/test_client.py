@@ -14,7 +14,7 @@ from jobs.outbox import Outbox
 from jobs.settings import Settings
 from jobs.store import JobStore
 from tests.support.jobs import new_job, result
-from tests.support.redis import redis_server
+from tests.support.redis import open_port, redis_server
 
 CALLS: dict[str, Callable[[JobStore], object]] = {
     "submit": lambda store: store.submit(new_job()),
@@ -109,9 +109,7 @@ def test_waiting_for_replicas() -> None:
         with pytest.raises(StoreUnavailable, match="0 of 1 replicas confirmed"):
             store.submit(new)
         with redis_server() as other:
-            # replication needs a port: give the primary one
-            store.redis.execute_command("CONFIG SET", "bind", "127.0.0.1")
-            port = _open_port(store)
+            port = open_port(store.redis)
             replica = redis_py.Redis.from_url(other.url)
             replica.execute_command("REPLICAOF", "127.0.0.1", port)
             end = time.monotonic() + 15
@@ -125,16 +123,6 @@ def test_waiting_for_replicas() -> None:
             assert replica.exists(f"reel:job:{job.id}")
             replica.close()
         store.redis.close()
-
-
-def _open_port(store: JobStore) -> int:
-    import socket
-
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = int(one.getsockname()[1])
-    store.redis.execute_command("CONFIG SET", "port", port)
-    return port
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,19 @@ def types(events: list[Event]) -> list[str]:
     return [event.type for event in events]
 
 
+def claim(store: JobStore) -> int:
+    job = store.claim("tiny", "node")
+    assert job is not None
+    return job.token
+
+
 def test_a_job_s_life(store: JobStore) -> None:
     job, _ = store.submit(new_job())
-    store.claim("tiny", "node")
-    store.heartbeat(job.id, 1, phase="denoising", step=2, progress=0.5, eta_seconds=1.25)
-    store.heartbeat(job.id, 1, phase="denoising", step=2, progress=0.5, eta_seconds=1.2)  # nothing new
-    store.give_back(job.id, 1)
-    store.claim("tiny", "node")
-    store.finish(job.id, 2, result())
+    token = claim(store)
+    store.heartbeat(job.id, token, phase="denoising", step=2, progress=0.5, eta_seconds=1.25)
+    store.heartbeat(job.id, token, phase="denoising", step=2, progress=0.5, eta_seconds=1.2)  # nothing new
+    store.give_back(job.id, token)
+    store.finish(job.id, claim(store), result())
     events = read_events(store.redis, job.id)
     assert types(events) == [
         "job.queued",
@@ -96,9 +101,9 @@ async def test_async_readers_share_nothing_with_each_other(store: JobStore) -> N
 
 def test_the_stream_is_capped(store: JobStore) -> None:
     job, _ = store.submit(new_job())
-    store.claim("tiny", "node")
+    token = claim(store)
     for step in range(EVENTS_CAP + 300):
-        store.heartbeat(job.id, 1, phase="denoising", step=step, progress=0)
+        store.heartbeat(job.id, token, phase="denoising", step=step, progress=0)
     assert store.redis.execute_command("XLEN", f"reel:events:{job.id}") <= EVENTS_CAP + 100
 
 

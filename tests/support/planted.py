@@ -45,8 +45,8 @@ BUGS = {
     ),
     "the token does not rise": Bug(
         "_moves",
-        "token = tostring(job.token + 1)",
-        "token = tostring(math.max(1, job.token))",
+        "math.max(job.token + 1, clock[1] * 1e6 + clock[2])",
+        "math.max(1, job.token)",
     ),
     "a lost lease is not charged": Bug(
         "_moves",

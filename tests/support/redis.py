@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -73,6 +74,16 @@ def redis_server(*options: str) -> Iterator[RedisServer]:
     finally:
         server.stop()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def open_port(client: Any) -> int:
+    """Have a running server listen on a free port of loopback as well: replication needs one."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = int(one.getsockname()[1])
+    client.execute_command("CONFIG SET", "bind", "127.0.0.1")
+    client.execute_command("CONFIG SET", "port", port)
+    return port
 
 
 def rewind(

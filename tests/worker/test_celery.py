@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,8 +22,8 @@ from jobs.store import JobStore
 from tests.support.jobs import result, video_request
 from tests.support.node import environment, until
 from tests.worker.conftest import SECRET_KEY
-from tests.worker.receiver import RawReceiver
-from worker.celery_app import PREFIX, VISIBILITY_SECONDS, broker_url, make_app
+from tests.worker.receiver import RawReceiver, Reply
+from worker.celery_app import PREFIX, SENDERS, THREADS, VISIBILITY_SECONDS, broker_url, make_app
 
 CODE = "from worker.serve import run_celery; from jobs.settings import get_settings; "
 
@@ -108,6 +109,36 @@ def test_pickle_is_refused_lost_messages_are_found_again_and_stop_is_clean(
     assert not bomb.exists()
     (delivery,) = Outbox(redis, settings).for_job(job_id)
     assert (delivery.state, delivery.attempts) == ("delivered", 1)
+    app.close()
+
+
+def test_a_backlog_makes_no_heap_of_messages_and_one_message_sends_all_that_is_due(
+    settings: Settings, store: JobStore
+) -> None:
+    """Found by chaos: a message per delivery, sent again while it waited, grew until all of them expired."""
+    redis = connect(settings)
+    app = make_app(settings)
+    with RawReceiver() as receiver:
+        for _ in range(2 * SENDERS):
+            finished_job(settings, store, f"http://127.0.0.1:{receiver.port}/")
+        for _ in range(20):
+            app.tasks["reel.dispatch"]()
+        assert redis.llen(f"{PREFIX}reel") <= 2 * SENDERS
+        app.tasks["reel.deliver"]()
+        assert len(receiver.received) == 2 * SENDERS
+    assert Outbox(redis, settings).pending() == 0
+    app.close()
+
+
+def test_hanging_receivers_leave_threads_to_the_sweep(settings: Settings, store: JobStore) -> None:
+    app = make_app(settings)
+    with RawReceiver(Reply(delay=2.0)) as receiver, ThreadPoolExecutor(THREADS) as pool:
+        for _ in range(THREADS):
+            finished_job(settings, store, f"http://127.0.0.1:{receiver.port}/")
+        calls = [pool.submit(app.tasks["reel.deliver"]) for _ in range(THREADS)]
+        until(lambda: sum(call.done() for call in calls) >= THREADS - SENDERS, 1.5, "free threads")
+        assert sum(call.done() for call in calls) == THREADS - SENDERS
+    assert Outbox(connect(settings), settings).pending() == 0
     app.close()
 
 

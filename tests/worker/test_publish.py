@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jobs.errors import StoreUnavailable
 from jobs.job import Job, JobState
 from jobs.settings import Settings
 from jobs.storage import ObjectStore
@@ -93,8 +94,32 @@ def test_a_stale_owner_commits_nothing_and_removes_its_objects(bench: Bench) -> 
     bench.publisher.wait()
     assert lost.is_set()
     now = bench.store.get(job.id)
-    assert (now.state, now.owner, now.token) == (JobState.RUNNING, "node-b", 2)
+    assert (now.state, now.owner) == (JobState.RUNNING, "node-b")
+    assert now.token > job.token
     assert bench.keys(job) == []
+
+
+@pytest.mark.parametrize("stop", ["lease", "drain"])
+def test_a_commit_whose_reply_was_lost_keeps_its_files(bench: Bench, stop: str) -> None:
+    """Redis has the result and nobody was told: the job is over, so every other call says "lost"."""
+    job = bench.claimed()
+    real = bench.store.finish
+
+    def unheard(*args: object) -> Job:
+        real(*args)  # type: ignore[arg-type]
+        if stop == "drain":
+            bench.drain.ask(0)
+        raise StoreUnavailable("the reply was lost")
+
+    bench.store.finish = unheard  # type: ignore[method-assign]
+    bench.publisher.take(bench.made(job))
+    bench.publisher.wait()
+    done = bench.store.get(job.id)
+    assert done.state is JobState.SUCCEEDED
+    assert done.result is not None
+    assert done.result.video_key in bench.keys(job)
+    assert len(bench.keys(job)) == 3
+    assert not (bench.spool.root / job.id).exists()
 
 
 def test_a_late_cancel_wins_while_nothing_is_committed(bench: Bench) -> None:
@@ -174,7 +199,7 @@ def test_a_drain_gives_back_what_cannot_be_uploaded_and_the_video_is_not_made_ag
     done = bench.store.get(job.id)
     assert done.state is JobState.SUCCEEDED
     assert done.result is not None
-    assert done.result.video_key == f"jobs/{job.id}/2/video.mp4"
+    assert done.result.video_key == f"jobs/{job.id}/{again.token}/video.mp4"
 
 
 def test_a_writer_that_died_fails_the_attempt(bench: Bench) -> None:
@@ -197,7 +222,7 @@ def test_the_spool_keeps_whole_videos_and_drops_half_ones(bench: Bench) -> None:
     finished.close()
     bench.made(half)  # ffmpeg still runs
     found = list(Spool(bench.spool.root).tidy())
-    assert found == [(whole.id, 1, finished.folder)]
+    assert found == [(whole.id, whole.token, finished.folder)]
     assert not (bench.spool.root / half.id / "1").exists()
     facts = read_facts(finished.folder)
     assert facts is not None

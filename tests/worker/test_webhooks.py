@@ -17,11 +17,12 @@ from jobs.store import JobStore
 from tests.support.jobs import result, video_request
 from tests.worker.conftest import SECRET_KEY
 from tests.worker.receiver import RawReceiver, Reply
-from worker import post as post_module
 from worker.post import retry_after
-from worker.webhooks import JITTER, MAX_BODY_BYTES, SCHEDULE, WebhookSender, body_of, signing_secrets
+from worker.webhooks import JITTER, MAX_BODY_BYTES, WebhookSender, body_of, signing_secrets
 
 ALL = tuple(WebhookEvent)
+
+SCHEDULE = Settings().webhook_retry_seconds
 
 
 class Bench:
@@ -35,7 +36,7 @@ class Bench:
         self.key, _, self.secret = self.keys.create("test")
         self.endpoints = EndpointStore(self.redis, settings, SECRET_KEY)
         secrets = signing_secrets(self.keys, self.endpoints)
-        self.sender = WebhookSender(self.outbox, secrets, allow_loopback=True)
+        self.sender = WebhookSender(self.outbox, secrets, settings=settings)
 
     def submit(self, url: str, events: tuple[WebhookEvent, ...] = ALL, **metadata: str) -> str:
         new = NewJob(
@@ -170,10 +171,8 @@ def test_gone_ends_all_of_the_jobs_deliveries(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("reply", [Reply(delay=3.0), Reply(drip=0.1)], ids=["silent", "dripping"])
-def test_a_receiver_that_hangs_is_cut_off(
-    bench: Bench, reply: Reply, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(post_module, "TIMEOUT_SECONDS", 0.5)
+def test_a_receiver_that_hangs_is_cut_off(settings: Settings, store: JobStore, reply: Reply) -> None:
+    bench = Bench(settings.model_copy(update={"webhook_timeout_seconds": 0.5}), store)
     with RawReceiver(reply) as receiver:
         job_id = bench.submit(f"http://127.0.0.1:{receiver.port}/", (WebhookEvent.SUCCEEDED,))
         bench.run(job_id)

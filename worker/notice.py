@@ -1,0 +1,96 @@
+"""A cloud's word that it will soon take this machine back: polled from its metadata address.
+
+Sources: the clouds' own pages on spot interruption notices (AWS `spot/instance-action`, IMDSv2), preemption
+(GCP `instance/preempted`) and scheduled events (Azure, `Preempt`). Kubernetes sends SIGTERM, which needs
+nothing of this. Imports neither Ray nor torch: the supervisor runs it.
+"""
+
+import json
+import logging
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+Cloud = Literal["aws", "gcp", "azure"]
+POLL_SECONDS = 2.0  # the shortest notice is 30 s
+TIMEOUT_SECONDS = 2.0
+TOKEN_SECONDS = 21_600  # of an IMDSv2 session, the longest allowed
+log = logging.getLogger(__name__)
+
+ENDPOINTS: dict[Cloud, str] = {
+    "aws": "http://169.254.169.254",
+    "gcp": "http://metadata.google.internal",
+    "azure": "http://169.254.169.254",
+}
+
+
+@dataclass
+class Notice:
+    """One cloud's metadata service. endpoint: None for the cloud's own address."""
+
+    cloud: Cloud
+    endpoint: str | None = None
+    _token: str = ""
+    _token_until: float = 0.0
+    _opener: urllib.request.OpenerDirector = field(
+        default_factory=lambda: urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    )
+
+    def given(self) -> bool:
+        """Whether the machine will be taken back. Raises OSError or ValueError when that can't be told."""
+        if self.cloud == "aws":
+            headers = {"X-aws-ec2-metadata-token": self._session()}
+            return self._get("/latest/meta-data/spot/instance-action", headers) is not None
+        if self.cloud == "gcp":
+            flag = self._get("/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"})
+            return (flag or "").strip() == "TRUE"
+        text = self._get("/metadata/scheduledevents?api-version=2020-07-01", {"Metadata": "true"})
+        events = json.loads(text or "{}").get("Events", [])
+        return any(event.get("EventType") == "Preempt" for event in events)
+
+    def watch(self, call: Callable[[], None]) -> None:
+        """From a thread of its own: call once when the notice is given."""
+        threading.Thread(target=self._watch, args=(call,), name="notice", daemon=True).start()
+
+    def _watch(self, call: Callable[[], None]) -> None:
+        silent = False
+        while True:
+            try:
+                if self.given():
+                    log.warning("%s takes this machine back soon", self.cloud)
+                    call()
+                    return
+                silent = False
+            except (OSError, ValueError) as error:
+                if not silent:  # once: it may be away for long
+                    log.warning("%s's metadata service does not answer: %s", self.cloud, error)
+                silent = True
+            time.sleep(POLL_SECONDS)
+
+    def _session(self) -> str:
+        if time.monotonic() > self._token_until:
+            request = urllib.request.Request(self._url("/latest/api/token"), method="PUT")
+            request.add_header("X-aws-ec2-metadata-token-ttl-seconds", str(TOKEN_SECONDS))
+            with self._opener.open(request, timeout=TIMEOUT_SECONDS) as answer:
+                self._token = answer.read().decode()
+            self._token_until = time.monotonic() + TOKEN_SECONDS / 2
+        return self._token
+
+    def _get(self, path: str, headers: dict[str, str]) -> str | None:
+        """The body; None for 404, which is how AWS says "no notice"."""
+        request = urllib.request.Request(self._url(path), headers=headers)
+        try:
+            with self._opener.open(request, timeout=TIMEOUT_SECONDS) as answer:
+                return str(answer.read().decode())
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code == 404:
+                return None
+            raise
+
+    def _url(self, path: str) -> str:
+        return (self.endpoint or ENDPOINTS[self.cloud]) + path
