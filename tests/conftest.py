@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import structlog
 from hypothesis import settings
 
 # Before torch is imported anywhere: tiny tensors are slower on many threads.
@@ -24,6 +25,8 @@ for _name in list(os.environ):
 SEED = int(os.environ.get("REEL_TEST_SEED", "0")) or random.SystemRandom().randrange(1, 2**31)
 settings.register_profile("reel", deadline=None, print_blob=True)  # busy machines: no time limits per example
 settings.load_profile("reel")
+# Lines of servers in this process go where pytest captures them, not between its dots.
+structlog.configure(logger_factory=structlog.stdlib.LoggerFactory())
 
 
 def pytest_report_header() -> str:
