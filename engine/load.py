@@ -42,7 +42,8 @@ def load_pipeline(
     name LoRAs of (the checkpoint's own `loras/` unless given). `verify` compares checksums first. The memory
     plan is made, logged and checked before any weight is read: `memory_limit` is the bytes of one GPU that
     may be used (all that are free unless given), `rung` a rung of `engine.memory`'s ladder instead of the
-    first that fits. `on_bytes` hears of the loading's progress. Raises CheckpointError, DoesNotFit.
+    first that fits. `on_bytes` hears of the loading's progress. No rank returns before all have loaded: from
+    then on they may not differ by much. Raises CheckpointError, DoesNotFit.
     """
     mesh, folder = mesh or Mesh.single(), Path(folder)
     device = default_device(mesh) if device is None else torch.device(device)
@@ -69,6 +70,7 @@ def load_pipeline(
     self_attend, cross_attend = (
         pick_attend(kind, dtype, dit_config.head_dim, device) for kind in ("self", "cross")
     )
+    mesh.meet()
     lora_folder = LoraFolder(loras or folder / "loras")
     spec = replace(spec, loras=tuple(lora_folder.names()))
     pipeline = Pipeline(spec, text_encoder, high, low, vae, mesh, device, self_attend, cross_attend)

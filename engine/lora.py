@@ -90,6 +90,7 @@ class Loras:
             self._change(parameters[name], listed)
 
     def _change(self, parameter: nn.Parameter, changes: list[tuple[float, Change]]) -> None:
+        self.mesh.beat()
         local = _local(parameter)
         self._kept.append(self._keep(parameter))
         total = torch.zeros(parameter.shape, device=local.device)
@@ -112,6 +113,7 @@ class Loras:
     def _restore(self) -> None:
         """Put every original back."""
         while self._kept:
+            self.mesh.beat()
             self._kept[-1].restore()
             self._kept.pop()
         self.current = ()

@@ -23,7 +23,9 @@ from engine.config import ModelSpec
 from engine.dit import stays_fp32
 from engine.footprint import decoding_bytes, denoising_bytes, encoding_bytes
 from engine.images import size_by_area
+from engine.parallel.frames import best_axis, stripes
 from engine.parallel.mesh import Mesh
+from engine.parallel.push import LANES, REGIONS
 from engine.weights import Entry
 
 GIB = 2**30
@@ -39,6 +41,7 @@ WORDS: dict[Rung, str] = {
 LIBRARIES = GIB  # cuBLAS, cuDNN and attention workspaces, compiled kernels, the allocator's rounding
 NCCL = GIB // 2  # NCCL's own buffers, with more than one rank
 GATHERED_BLOCKS = 3  # a sharded expert's blocks at once: in use, on its way, and its copy out of the gather
+HALO = 1  # latents more than a rank's stripe of the VAE's frames: a pixel on each side where memory peaks
 BOUNCE = 64 << 20  # bytes on the device through which two experts change places
 
 
@@ -195,11 +198,16 @@ def _experts(sizes: Sizes, mesh: Mesh, rung: Rung) -> tuple[list[tuple[str, int]
 
 
 def _communication(spec: ModelSpec, mesh: Mesh, rows: int, dtype: torch.dtype, on_gpu: bool) -> int:
-    """Received q, k and v, the sent and the received output of one all-to-all; NCCL's own on a GPU."""
+    """What the larger of the two transports takes, and NCCL's own on a GPU.
+
+    By collectives: received q, k and v, the sent and the received output of all rows. By pushing: the
+    regions of the window, which stay, each of one row's tokens.
+    """
     if mesh.size == 1:
         return 0
-    exchanged = 5 * rows * local_tokens(spec, mesh) * spec.dit.dim * dtype.itemsize
-    return (exchanged if mesh.ulysses > 1 else 0) + (NCCL if on_gpu else 0)
+    tensors = max(5 * rows, LANES * len(REGIONS)) if mesh.ulysses > 1 else 0
+    exchanged = tensors * local_tokens(spec, mesh) * spec.dit.dim * dtype.itemsize
+    return exchanged + (NCCL if on_gpu else 0)
 
 
 def local_tokens(spec: ModelSpec, mesh: Mesh) -> int:
@@ -211,14 +219,24 @@ def _phases(
     spec: ModelSpec, grid: tuple[int, int, int], mesh: Mesh, rows: int, dtype: torch.dtype, vae: torch.dtype
 ) -> list[tuple[str, int]]:
     sets = 2 if spec.task == "ti2v" else 1
+    part = (grid[0], *stripe(grid[1], grid[2], mesh))
     phases = [
         ("activations, denoising", denoising_bytes(spec.dit, local_tokens(spec, mesh), rows, dtype, sets)),
-        ("activations, decoding", decoding_bytes(spec.vae, grid, vae)),
+        ("activations, decoding", decoding_bytes(spec.vae, part, vae)),
     ]
     if spec.task != "t2v":
         frames = grid[0] if spec.task == "i2v" else 1
-        phases.append(("activations, image encoding", encoding_bytes(spec.vae, (frames, *grid[1:]), vae)))
+        phases.append(("activations, image encoding", encoding_bytes(spec.vae, (frames, *part[1:]), vae)))
     return phases
+
+
+def stripe(rows: int, columns: int, mesh: Mesh) -> tuple[int, int]:
+    """Rows and columns of a rank's share of the latents in the VAE: the widest, and its halo."""
+    if mesh.size == 1 or max(rows, columns) < mesh.size:
+        return rows, columns
+    if best_axis(rows, columns, mesh.size) == -1:
+        return rows, min(stripes(columns, mesh.size)[0] + HALO, columns)
+    return min(stripes(rows, mesh.size)[0] + HALO, rows), columns
 
 
 def largest(spec: ModelSpec) -> tuple[tuple[int, int], tuple[int, int, int]]:

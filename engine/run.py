@@ -76,7 +76,6 @@ def run(
                 memory_limit=gpu_memory,
                 on_bytes=bar.came,
             )
-        mesh.meet()
         request = resolve(
             pipeline.spec,
             prompt,

@@ -92,7 +92,7 @@ class Stream:
     def remember(self, layer: nn.Module, x_BCTHW: Tensor, frames: int, halo: int = 0) -> Tensor:
         """x with the `frames` frames before it in front (zeros before the video); keeps x's last ones."""
         x_BCTHW = self.space.join(self.past.get(layer), x_BCTHW, frames, halo)
-        self.past[layer] = x_BCTHW[:, :, -frames:]
+        self.past[layer] = x_BCTHW[:, :, -frames:].clone()  # a view would hold the whole chunk
         return x_BCTHW
 
 

@@ -69,6 +69,7 @@ def warm_up(pipeline: Pipeline) -> list[Warm]:
             with _Clock(pipeline.device) as clock:
                 _frames(pipeline, latents, size)
             decoding = clock.seconds
+            pipeline.mesh.meet()  # compilers may have taken one rank longer than another
             done.append(Warm(size, pipeline.spec.frame_num, denoising, decoding))
             log.info(
                 "warm at %d*%d: a step of each expert %.2f s, %d latent frames decoded %.2f s",

@@ -11,7 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA = 1  # rises when an older node could not run a newer job; a node leaves newer ones in the queue
+SCHEMA = 2  # rises when an older node could not run a newer job; a node leaves newer ones in the queue
+# Request fields that came after schema 1, and the schema that a node must know to run them. Unused ones are
+# not stored, since a node refuses fields that it doesn't know: so an older one still runs what it can.
+LATER = {"loras": 2}
 
 
 class JobState(StrEnum):

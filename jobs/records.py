@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from jobs.job import SCHEMA, Job, NewJob, jsonable
+from jobs.job import LATER, Job, NewJob, VideoRequest, jsonable
 
 
 def to_record(new: NewJob) -> dict[str, str]:
@@ -17,7 +17,7 @@ def to_record(new: NewJob) -> dict[str, str]:
         **dict.fromkeys((*empty, "error", "result", "closed"), ""),
         **dict.fromkeys(("attempts", "token", "step", "progress", "cancel_requested"), "0"),
         "id": new.id,
-        "schema": str(SCHEMA),
+        "schema": str(max((LATER[name] for name in _used(new.request)), default=1)),
         "key_id": new.key_id,
         "model": new.request.model,
         "ref": new.metadata.get("ref", ""),
@@ -30,7 +30,14 @@ def to_body(new: NewJob) -> str:
     """The part that never changes, as JSON."""
     data = jsonable(new)
     kept = ("request", "callback_url", "webhook_events", "metadata")
+    for name in LATER.keys() - _used(new.request):
+        del data["request"][name]
     return json.dumps({name: data[name] for name in kept}, ensure_ascii=False, separators=(",", ":"))
+
+
+def _used(request: VideoRequest) -> set[str]:
+    """The later fields that the request makes use of."""
+    return {name for name in LATER if getattr(request, name) != VideoRequest.model_fields[name].default}
 
 
 def pairs(flat: Sequence[str] | dict[str, str]) -> dict[str, str]:
@@ -50,8 +57,14 @@ def from_reply(reply: Sequence[str]) -> Job:
 
 
 def from_record(record: Sequence[str] | dict[str, str], body: str) -> Job:
-    """The Job of a stored hash and body. Empty text stands for None."""
+    """The Job of a stored hash and body. Empty text stands for None.
+
+    What a newer API's request has beside the fields known here is left out: such a job can be shown, and its
+    schema keeps it from being run here.
+    """
     fields: dict[str, Any] = json.loads(body)
+    known = VideoRequest.model_fields
+    fields["request"] = {name: value for name, value in fields["request"].items() if name in known}
     for name, text in pairs(record).items():
         if text != "" and name not in _SKIP:
             fields[name] = json.loads(text) if name in _JSON else text

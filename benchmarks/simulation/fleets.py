@@ -107,9 +107,16 @@ class Keda:
             _fill(world, count + min(wish - count, max(count, 4)) + leaving)
         keep = max(n for _, n in self._wishes)
         for machine in sorted(alive, key=lambda m: -m.since)[: max(0, count - keep)]:
-            self._leaving.add(machine.name)
-            world.drain(machine.name)
+            self._end(world, machine.name)
         return wish
+
+    def _end(self, world: World, name: str) -> None:
+        """A pod that serves drains; one that has not come up ends at once."""
+        if name in world.registry:
+            self._leaving.add(name)
+            world.drain(name)
+        else:
+            world.remove(name)
 
 
 def _fill(world: World, count: int) -> None:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
 WIDTH, HEIGHT = 860, 220  # of one panel, pixels
-LEFT, RIGHT, TOP, BOTTOM = 56, 16, 34, 26
+LEFT, RIGHT, TOP, BOTTOM = 56, 24, 34, 26
+HEAD = 52  # title and legend
 COLOURS = ("#2563eb", "#d97706", "#6b7280", "#059669")
 POINTS = 430  # drawn per line: what one panel can show
 
@@ -28,14 +29,18 @@ class Panel:
 
 def draw(title: str, panels: Sequence[Panel]) -> str:
     """The whole picture, panels one below the other over the same hours."""
-    height = 30 + len(panels) * HEIGHT + 24
+    height = HEAD + len(panels) * HEIGHT
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" '
         f'font-size="12"><rect width="{WIDTH}" height="{height}" fill="#ffffff"/>',
         f'<text x="{LEFT}" y="20" font-size="14" font-weight="bold">{escape(title)}</text>',
     ]
+    for place, name in enumerate(dict.fromkeys(line.name for panel in panels for line in panel.lines)):
+        x, colour = LEFT + 190 * place, COLOURS[place % len(COLOURS)]
+        parts.append(f'<rect x="{x}" y="36" width="14" height="4" fill="{colour}"/>')
+        parts.append(f'<text x="{x + 20}" y="42">{escape(name)}</text>')
     for place, panel in enumerate(panels):
-        parts += _panel(panel, 30 + place * HEIGHT)
+        parts += _panel(panel, HEAD + place * HEIGHT)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
@@ -48,7 +53,7 @@ def _panel(panel: Panel, top: float) -> list[str]:
     for share in (0, 0.5, 1):
         y = base - share * inner_h
         out.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e5e7eb"/>')
-        out.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{most * share:g}</text>')
+        out.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{most * share:,g}</text>')
     for hour in _ticks(right):
         x = LEFT + hour / right * inner_w
         out.append(f'<text x="{x:.1f}" y="{base + 16}" text-anchor="middle">{hour:g} h</text>')
@@ -58,9 +63,6 @@ def _panel(panel: Panel, top: float) -> list[str]:
             f"{LEFT + x / right * inner_w:.1f},{base - y / most * inner_h:.1f}" for x, y in _thin(line.points)
         )
         out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.3"/>')
-        x = WIDTH - RIGHT - 190 * (len(panel.lines) - place)
-        out.append(f'<rect x="{x}" y="{top + 5}" width="12" height="3" fill="{colour}"/>')
-        out.append(f'<text x="{x + 18}" y="{top + 14}" fill="{colour}">{escape(line.name)}</text>')
     return out
 
 

@@ -2,8 +2,8 @@
 code 0: healthy.
 
 api: /healthz answers 200. celery: Redis answers (the process itself is the container's). metrics: /metrics on
-PORT answers 200. node: the registry has heard of it lately; a node is its container's only user of
-REEL_NODE_ID, or of its host name's.
+PORT answers 200. node: the registry has heard of it within HEARD seconds; a node is its container's only user
+of REEL_NODE_ID, or of its host name's.
 """
 
 import os
@@ -11,6 +11,8 @@ import socket
 import sys
 import urllib.error
 import urllib.request
+
+HEARD = 15.0  # seconds by Redis' clock; a node reports every second
 
 
 def api() -> bool:
@@ -38,7 +40,9 @@ def node() -> bool:
     from jobs.settings import Settings
 
     settings = Settings()
-    nodes = NodeRegistry(connect(settings)).list()
+    client = connect(settings)
+    now = float(client.execute_command("TIME")[0])
+    nodes = [one for one in NodeRegistry(client).list() if now - one.seen_at < HEARD]
     host = socket.gethostname()
     return any(one.id == settings.node_id if settings.node_id else one.id.startswith(host) for one in nodes)
 

@@ -1,5 +1,6 @@
 """Make the secrets that docker-compose.yml mounts, once: `python infra/docker/make_secrets.py [FOLDER]`.
 
+    python infra/docker/make_secrets.py --redis rediss://redis.example.com:6380    for parts elsewhere
     python infra/docker/make_secrets.py --rotate node     a second password for a role, beside the old one
     python infra/docker/make_secrets.py --finish node     the old one goes
 
@@ -15,7 +16,7 @@ import secrets
 import sys
 from pathlib import Path
 
-HOST = "redis:6379"
+REDIS = "redis://redis:6379"
 BUCKET = "reelserve"
 # Keys that claims, heartbeats, ends and sweeps touch: all of jobs/scripts.py but API keys and limits.
 JOB_KEYS = (
@@ -82,18 +83,22 @@ def s3(secret_keys: dict[str, str], bucket: str = BUCKET) -> str:
     return json.dumps({"identities": identities}, indent=1) + "\n"
 
 
-def make(folder: Path, host: str = HOST) -> None:
-    """Write every secret into `folder`, each file readable by its owner alone."""
+def make(folder: Path, redis: str = REDIS) -> None:
+    """Write every secret into `folder`, which its owner alone can enter. redis: where the parts find it.
+
+    Values end without a newline, so that `kubectl create secret --from-file` takes them as they are.
+    """
+    scheme, _, host = redis.rstrip("/").partition("://")
     folder.mkdir(parents=True, mode=0o700)
     passwords = {role: secrets.token_hex(24) for role in ROLES}
     s3_secrets = {role: secrets.token_hex(24) for role in S3_ROLES}
     files = {
         "users.acl": acl(passwords),
-        "secret_key": secrets.token_hex(32) + "\n",
+        "secret_key": secrets.token_hex(32),
         "s3.json": s3(s3_secrets),
-        **{f"s3_secret_{role}": s3_secrets[role] + "\n" for role in S3_ROLES},
-        "grafana_password": secrets.token_hex(12) + "\n",
-        **{f"redis_url_{role}": f"redis://{role}:{passwords[role]}@{host}/0\n" for role in ROLES},
+        **{f"s3_secret_{role}": s3_secrets[role] for role in S3_ROLES},
+        "grafana_password": secrets.token_hex(12),
+        **{f"redis_url_{role}": f"{scheme}://{role}:{passwords[role]}@{host}/0" for role in ROLES},
     }
     for name, text in files.items():
         write(folder / name, text)
@@ -133,6 +138,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", nargs="?", type=Path, default=Path("secrets"))
+    parser.add_argument("--redis", default=REDIS, metavar="URL", help="where the parts find Redis")
     step = parser.add_mutually_exclusive_group()
     step.add_argument("--rotate", choices=ROLES)
     step.add_argument("--finish", choices=ROLES)
@@ -147,7 +153,9 @@ def main() -> None:
     elif folder.exists():
         print(f"{folder} is there already: nothing was changed")
     else:
-        make(folder)
+        if not re.fullmatch(r"rediss?://[^/@\s]+", args.redis):
+            parser.error(f"--redis: got {args.redis!r}, expected redis://HOST:PORT or rediss://HOST:PORT")
+        make(folder, args.redis)
         print(f"made {folder}; keep it out of version control and backups that others read")
 
 

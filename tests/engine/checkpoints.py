@@ -14,7 +14,7 @@ from engine.umt5 import umt5_config
 from engine.vae import VAE
 from tests.engine.oracle import twin_vaes
 
-SIZES = ["64*96"]
+SIZES: dict[Task, list[str]] = {"i2v": ["64*96", "64*80"], "ti2v": ["64*96"]}
 
 
 def write_image_model(folder: Path, task: Task, generator: torch.Generator) -> Path:
@@ -38,6 +38,6 @@ def write_image_model(folder: Path, task: Task, generator: torch.Generator) -> P
         vae_kind=vae.config.kind,
         umt5=text.umt5.state_dict(),
         tokenizer=tokenizer,
-        reel={"sizes": SIZES, "frame_num": 5, "max_frame_num": 5},
+        reel={"sizes": SIZES[task], "frame_num": 5, "max_frame_num": 9},
     )
     return folder

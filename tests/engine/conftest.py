@@ -48,7 +48,7 @@ def image_models(tmp_path_factory: pytest.TempPathFactory) -> dict[Task, Path]:
 
 @pytest.fixture(scope="session")
 def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A 4:3 picture; for the tiny image models' area it gives an odd number of tokens."""
+    """A 4:3 picture; at the tiny I2V model's 64*80 and 9 frames it gives 3 x 3 x 5 = 45 tokens: odd."""
     path = tmp_path_factory.mktemp("picture") / "image.png"
     Image.new("RGB", (64, 48), (250, 10, 10)).save(path)
     return path

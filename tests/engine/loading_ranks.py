@@ -1,11 +1,14 @@
-"""One of two gloo ranks that load and run: `python -m tests.engine.loading_ranks CHECKPOINT FOLDER`."""
+"""One of two gloo ranks that load and run: see `main` for the arguments."""
 
 import json
 import os
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -13,8 +16,12 @@ from torch.distributed.tensor import DTensor
 from engine.checksums import verify
 from engine.config import LoraUse
 from engine.errors import CheckpointError
+from engine.footprint import LiveBytes, decoding_bytes
 from engine.layout import find_layout
 from engine.load import load_pipeline
+from engine.loader import Loader
+from engine.memory import stripe
+from engine.offload import PromptEncoder
 from engine.parallel.mesh import Mesh
 from engine.pipeline import Pipeline
 from engine.requests import resolve
@@ -33,6 +40,17 @@ def video(pipeline: Pipeline, *loras: LoraUse) -> np.ndarray:
     )
     sink = Frames()
     pipeline.generate(request, sink)
+    return sink.video if sink.chunks else np.zeros(0, np.uint8)
+
+
+def photo_video(pipeline: Pipeline, image: Path) -> np.ndarray:
+    """I2V of a 4:3 picture: 3 x 3 x 5 = 45 tokens, of which a rank holds 22 and a padded one."""
+    request = resolve(
+        pipeline.spec, "a boat", size=(64, 80), frame_num=9, sampling_steps=2, shift=5.0, seed=6, image=image
+    )
+    sink = Frames()
+    result = pipeline.generate(request, sink)
+    assert (result.width, result.height) == (80, 48)
     return sink.video if sink.chunks else np.zeros(0, np.uint8)
 
 
@@ -97,7 +115,35 @@ def check_verify(checkpoint: Path, mesh: Mesh) -> bool:
     return False
 
 
-def main(checkpoint: Path, folder: Path) -> None:
+def check_meeting(checkpoint: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """When the text encoder, which rank 0 alone reads on this rung, was loaded; when loading returned."""
+    original, loaded = Loader.text_encoder, [0.0]
+
+    def slow(*arguments: Any, **more: Any) -> PromptEncoder:
+        if mesh.rank == 0:
+            time.sleep(1.5)
+        encoder = original(*arguments, **more)
+        loaded[0] = time.monotonic()
+        return encoder
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loader, "text_encoder", slow)
+        load_pipeline(checkpoint, mesh=mesh, device="cpu", rung="text")
+    return [*loaded, time.monotonic()]
+
+
+def check_stripes(checkpoint: Path, mesh: Mesh) -> list[int]:
+    """Bytes that decoding this rank's stripe of larger frames takes: planned, and at the real peak."""
+    vae = load_pipeline(checkpoint, mesh=mesh, device="cpu").vae
+    frames, rows, columns = 4, 16, 24
+    latents = torch.randn(1, vae.config.z_dim, frames, rows, columns)
+    with torch.inference_mode(), LiveBytes() as live:
+        for _ in vae.decode_chunks(latents, mesh.space(rows, columns)):
+            pass
+    return [decoding_bytes(vae.config, (frames, *stripe(rows, columns, mesh)), torch.float32), live.peak]
+
+
+def main(checkpoint: Path, folder: Path, i2v: Path, image: Path) -> None:
     torch.set_num_threads(1)
     mesh = Mesh.init(
         guidance=1, ulysses=2, backend="gloo", init_method=f"file://{os.environ['MEETING']}",
@@ -106,10 +152,15 @@ def main(checkpoint: Path, folder: Path) -> None:
     results: dict[str, object] = {"reading": check_reading(checkpoint, mesh)}
     for rung in ("resident", "branches", "text", "shard"):
         results[rung] = check_video(checkpoint, mesh, rung, folder)
+    frames = photo_video(load_pipeline(i2v, mesh=mesh, device="cpu"), image)
+    if mesh.rank == 0:
+        np.save(folder / "photo.npy", frames)
+    results["meeting"] = check_meeting(checkpoint, mesh, pytest.MonkeyPatch())
+    results["stripes"] = check_stripes(checkpoint, mesh)
     results["verify"] = check_verify(checkpoint, mesh)
     (folder / f"results.{mesh.rank}").write_text(json.dumps(results))
     mesh.close()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:]))

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine.config import Task
 from engine.load import load_pipeline
 from engine.pipeline import Pipeline
 from engine.tiny import make_tiny
-from tests.engine.loading_ranks import LORA, SIZE, video
+from tests.engine.loading_ranks import LORA, SIZE, photo_video, video
 from tests.engine.loras import write_lora
 from tests.engine.ranks import environment
 
@@ -39,12 +40,15 @@ def alone(checkpoint: Path) -> Pipeline:
 
 
 @pytest.fixture(scope="module")
-def ranks(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+def ranks(
+    checkpoint: Path, image_models: dict[Task, Path], picture: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, Any]]]:
     """(what rank 0 wrote, what both found)."""
     folder = tmp_path_factory.mktemp("ranks")
+    paths = (checkpoint, folder, image_models["i2v"], picture)
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.engine.loading_ranks", str(checkpoint), str(folder)],
+            [sys.executable, "-m", "tests.engine.loading_ranks", *map(str, paths)],
             env={**environment(), "RANK": str(rank), "WORLD_SIZE": "2", "MEETING": str(folder / "meeting")},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
@@ -81,6 +85,13 @@ def test_every_rung_makes_the_same_video(ranks: Ranks, alone: Pipeline, rung: st
     assert np.abs(with_lora.astype(int) - plain).max() > 8
 
 
+def test_a_4_to_3_picture_over_two_ranks_makes_the_video_of_one(
+    ranks: Ranks, image_models: dict[Task, Path], picture: Path
+) -> None:
+    expected = photo_video(load_pipeline(image_models["i2v"], device="cpu"), picture)
+    assert np.abs(np.load(ranks[0] / "photo.npy").astype(int) - expected).max() <= 1
+
+
 @pytest.mark.parametrize("rung", RUNGS)
 def test_ranks_keep_their_share_and_lose_a_lora_without_a_trace(ranks: Ranks, rung: str) -> None:
     for result in ranks[1]:
@@ -89,3 +100,15 @@ def test_ranks_keep_their_share_and_lose_a_lora_without_a_trace(ranks: Ranks, ru
 
 def test_a_wrong_checksum_is_every_ranks_error(ranks: Ranks) -> None:
     assert [result["verify"] for result in ranks[1]] == [True, True]
+
+
+def test_no_rank_returns_before_all_have_loaded(ranks: Ranks) -> None:
+    """Else the others would wait for rank 0 in a collective call, whose patience is short."""
+    (loaded, _), (_, returned) = (result["meeting"] for result in ranks[1])
+    assert returned >= loaded > 0
+
+
+def test_decoding_a_stripe_takes_the_memory_that_is_planned(ranks: Ranks) -> None:
+    for planned, real in (result["stripes"] for result in ranks[1]):
+        print(f"planned {planned:,}, real {real:,}")
+        assert real <= planned < 1.1 * real

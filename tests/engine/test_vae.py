@@ -3,6 +3,7 @@ import torch
 
 from engine.config import VAEConfig
 from engine.vae import VAE, fold_pixels, unfold_pixels
+from engine.vae_blocks import Stream
 from tests.engine.oracle import relative, tensors_without_effect, twin_vaes
 
 KINDS = pytest.mark.parametrize("kind", ["2.1", "2.2"])
@@ -32,6 +33,24 @@ def test_chunks_come_as_one_frame_then_fours(kind: str) -> None:
         (1, 3, frames, 2 * stride, 3 * stride) for frames in (1, 4, 4)
     ]
     assert torch.equal(torch.cat(chunks, dim=2), twins.ours.decode(latents))
+
+
+@KINDS
+def test_between_chunks_only_the_frames_that_count_stay_in_memory(kind: str) -> None:
+    """A view of them would keep the whole chunk: 7 GiB more at 1280*720."""
+    ours = twin_vaes(torch.Generator().manual_seed(0), kind, z_dim=4).ours
+    decoding, encoding = Stream(), Stream()
+    stride = ours.config.stride[1]
+    for frames in (1, 4):
+        ours.decoder.stream(torch.randn(1, 4, 1, 2, 3), decoding)
+        pixels = torch.rand(1, 3, frames, 2 * stride, 3 * stride)
+        ours.encoder.stream(fold_pixels(pixels) if kind == "2.2" else pixels, encoding)
+        decoding.first = encoding.first = False
+    for stream in (decoding, encoding):
+        assert len(stream.past) > 10
+        for past in stream.past.values():
+            assert past.shape[2] <= 2
+            assert past.untyped_storage().nbytes() == past.nbytes
 
 
 @KINDS

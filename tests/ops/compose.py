@@ -120,6 +120,10 @@ class Deployment:
         for name in ("prometheus.yml", "alerts.yml"):
             (etc / name).write_text(self._here((ROOT / "infra/prometheus" / name).read_text()))
 
+    def secret(self, name: str) -> str:
+        """A secret's file."""
+        return str(self.folder / "secrets" / name)
+
     def url(self, service: str) -> str:
         """Where a service listens."""
         return f"http://127.0.0.1:{self.ports[service]}"

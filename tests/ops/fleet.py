@@ -13,6 +13,7 @@ from infra.client import ReelClient
 from infra.receiver import Receiver
 from jobs.client import connect
 from jobs.errors import StoreUnavailable
+from jobs.events import read_events
 from jobs.job import Job
 from jobs.nodes import NodeInfo, NodeRegistry
 from jobs.settings import Settings
@@ -33,7 +34,7 @@ class Fleet:
         self.deployment = deployment
         self.jobs: dict[str, str] = {}  # id to the API that took it
         settings = Settings(redis_url=(deployment.folder / "secrets/redis_url_ops").read_text().strip())
-        client = connect(settings)
+        self._redis = client = connect(settings)
         self.store, self.registry = JobStore(client, settings), NodeRegistry(client)
         _, key, secret = (line.split()[-1] for line in deployment.ops("keys", "create", "load").splitlines())
         self.key = key
@@ -81,9 +82,9 @@ class Fleet:
             feeder.join(30)
         assert not failed, failed
 
-    def job(self, job_id: str) -> dict[str, Any]:
+    def job(self, job_id: str, api: str | None = None) -> dict[str, Any]:
         """One job, as its customer sees it."""
-        return self._client(self.deployment.url("api")).job(job_id)
+        return self._client(api or self.deployment.url("api")).job(job_id)
 
     def records(self) -> dict[str, Job]:
         """All jobs as an operator sees them, by id."""
@@ -92,6 +93,12 @@ class Fleet:
             more, cursor = self.store.list("*", limit=500, cursor=cursor)
             rows += more
         return {row.id: row for row in rows}
+
+    def story(self, job_id: str) -> str:
+        """What happened to a job but its progress, for a failed assertion."""
+        events = read_events(self._redis, job_id)
+        told = [f"{event.type} {event.data}" for event in events if event.type != "job.progress"]
+        return "\n".join([job_id, *told])
 
     def nodes(self) -> dict[str, NodeInfo]:
         """All nodes as an operator sees them, by id."""
@@ -102,6 +109,8 @@ class Fleet:
 
         def look() -> bool:
             nodes = self.nodes()
+            for process in self.deployment.processes:
+                assert process.name not in names or process.running, process.said()[-2000:]
             return all(name in nodes and nodes[name].state in ("idle", "busy") for name in names)
 
         until(look, seconds, f"the nodes {names}")

@@ -23,8 +23,14 @@ SCHEMAS = {
     kind: yaml.safe_load((Path(__file__).parent / "schemas" / f"{kind.lower()}.yaml").read_text())
     for kind in ("RayCluster", "ScaledObject")
 }
-COMPOSE = yaml.load((ROOT / "docker-compose.yml").read_text(), yaml.CSafeLoader)["services"].values()
-IMAGES = {service["image"].replace("${REEL_VERSION:-0.1.0}", "0.1.0") for service in COMPOSE}
+COMPOSE = yaml.load((ROOT / "docker-compose.yml").read_text(), yaml.CSafeLoader)
+IMAGES = {one["image"].replace("${REEL_VERSION:-0.1.0}", "0.1.0") for one in COMPOSE["services"].values()}
+ROLE_SECRETS = {  # keys of the Secret, which are make_secrets.py's files, by image
+    "reelserve-api": {"redis_url_api", "secret_key", "s3_secret_api"},
+    "reelserve-celery": {"redis_url_celery", "secret_key", "s3_secret_celery"},
+    "reelserve-scaler": {"redis_url_scaler"},
+    "reelserve-node-gpu": {"redis_url_node", "s3_secret_node"},
+}
 KNOWN = exported()
 REFUSALS = (
     AssertionError,
@@ -71,6 +77,9 @@ def check_pod(pod: dict[str, Any]) -> None:
     assert "memory" in container["resources"]["limits"]
     for one in container.get("env", []):
         assert one["name"].removeprefix("REEL_").lower() in Settings.model_fields, one
+        if secret := one.get("valueFrom", {}).get("secretKeyRef"):
+            assert secret["key"] in COMPOSE["secrets"], one
+            assert secret["key"] in ROLE_SECRETS.get(container["image"].partition(":")[0], ()), one
     words = ["/models/wan", "/etc/reel/scaler.toml"]
     parse_command([str(ROOT) if word in words else word for word in container["args"]])
     volumes = {volume["name"] for volume in pod.get("volumes", [])}
@@ -170,6 +179,8 @@ def test_manifests() -> None:
         ("control.yaml", "containerPort: 8080", 'containerPort: "http"'),
         ("control.yaml", "reelserve-api:0.1.0", "reelserve-apy:0.1.0"),
         ("control.yaml", "verbs: [get", "verb: [get"),
+        ("control.yaml", "key: s3_secret_api", "key: s3_secret_key"),
+        ("node.yaml", "key: redis_url_node", "key: redis_url_ops"),
     ],
 )
 def test_a_tampered_manifest_is_refused(file: str, old: str, new: str) -> None:

@@ -7,14 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import simpy
 
 from benchmarks.simulation import __main__ as command
 from benchmarks.simulation.clock import virtual_store
+from benchmarks.simulation.fleets import Keda
 from benchmarks.simulation.load import DAY, MEAN, arrivals, diurnal
 from benchmarks.simulation.picture import Line, Panel, draw
 from benchmarks.simulation.scenarios import SCENARIOS, fleets, play, quantile, resized
+from benchmarks.simulation.world import MODEL, World
+from infra.scaler.drivers.simulated import Offer
 from jobs.job import Priority
-from tests.support.jobs import new_job
+from tests.support.jobs import new_job, result
 
 LOST_CLOUD = SCENARIOS[2]
 
@@ -30,6 +34,24 @@ def test_no_fleet_loses_a_job_when_a_cloud_goes(number: int) -> None:
     assert 0 < outcome.utilisation <= 1
     assert 0 <= outcome.p50 <= outcome.p95 <= outcome.p99
     assert outcome.cost > 0
+
+
+def test_kedas_fleet_shrinks_to_its_least_even_if_it_was_booting() -> None:
+    """A fair rival: its pods that are told to go while they boot must not come up and stay."""
+    env, keda = simpy.Environment(), Keda(1.0, least=2, most=40)
+    with virtual_store(lambda: float(env.now)) as store:
+        world = World(env, store, [Offer("a", price=1.0, stock=40, boot=330.0)], random.Random(4))
+        env.process(world.every(keda.interval, lambda: keda.step(world)))
+        request = next(arrivals(diurnal(1.0), 1.0, DAY, random.Random(1), MODEL)).job.request
+        env.run(until=10)
+        for _ in range(40):
+            store.submit(new_job(request=request))
+        env.run(until=200)  # all ordered, none up
+        assert len(world.machines()) == 40
+        while job := store.claim(MODEL, "somebody else"):
+            store.finish(job.id, job.token, result(job.id, job.token))
+        env.run(until=1200)
+        assert len(world.machines()) == len(world.registry) == 2
 
 
 def test_the_same_seed_gives_the_same_outcome_but_for_names() -> None:
@@ -84,6 +106,7 @@ def test_pictures_are_svg_and_keep_peaks() -> None:
     root = ET.fromstring(text)
     polylines = root.findall("{http://www.w3.org/2000/svg}polyline")
     assert len(polylines) == 3
+    assert text.count("a &amp; b") == 1  # one legend
     assert all(len(p.attrib["points"].split()) < 500 for p in polylines)
     heights = [float(point.split(",")[1]) for point in polylines[0].attrib["points"].split()]
     assert len(set(heights)) == 2  # the one peak is drawn
