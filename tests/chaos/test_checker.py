@@ -120,6 +120,11 @@ def another_body(history: History, final: Final) -> None:
     history.append({**hook, "sha": "other"})
 
 
+def after_410(history: History, final: Final) -> None:
+    hook = next(record for record in history if record["k"] == "hook")
+    history += [{**hook, "path": "/gone/1", "t": hook["t"] + later} for later in (0, 6)]
+
+
 def an_error_500(history: History, final: Final) -> None:
     history.append({"k": "submit", "t": 0, "t0": 0, "idem": "x", "seed": 1, "st": 500})
 
@@ -175,6 +180,7 @@ WRONG: dict[Callable[[History, Final], None], str] = {
     never_received: "promise 10",
     webhooks_out_of_order: "promise 10",
     another_body: "promise 10",
+    after_410: "promise 10",
     a_key_of_nobody: "promise 11",
     a_key_of_a_vanished_job: "promise 11",
     a_leaked_lease: "promise 11",
