@@ -78,7 +78,8 @@ class Exporter:
         metrics.finished.labels(model, priority, job.state.value).inc()
         if job.started_at is not None:
             metrics.wait.labels(model, priority).observe(max(0.0, job.started_at - job.created_at))
-        metrics.retries.labels(model).inc(max(0, job.token - 1))
+        last_failed = job.state is JobState.FAILED and job.attempts > 0
+        metrics.retries.labels(model).inc(job.attempts - last_failed)
         if job.attempts:
             for kind in self._failed_attempts(job):
                 metrics.failures.labels(model, kind).inc()

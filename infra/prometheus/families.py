@@ -33,7 +33,7 @@ class JobMetrics:
         self.upload = self._histogram("upload_seconds", "MP4, poster and manifest to S3.", model, SHORT)
         self.bytes = self._counter("video_bytes", "Bytes of finished MP4s.", model)
         self.retries = self._counter(
-            "job_retries", "Starts of ended jobs beyond their first: failed, lost or given back.", model
+            "job_retries", "Attempts of ended jobs that failed or lost their node, but for the last one.", model
         )
         self.failures = self._counter(
             "attempts_failed",
