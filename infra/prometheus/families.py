@@ -33,7 +33,7 @@ class JobMetrics:
         self.upload = self._histogram("upload_seconds", "MP4, poster and manifest to S3.", model, SHORT)
         self.bytes = self._counter("video_bytes", "Bytes of finished MP4s.", model)
         self.retries = self._counter(
-            "job_retries", "Attempts of ended jobs that failed or lost their node, but for the last one.", model
+            "job_retries", "Attempts of ended jobs, but their last, that failed or lost their node.", model
         )
         self.failures = self._counter(
             "attempts_failed",
