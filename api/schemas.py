@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from jobs.job import FailureClass, GuidePair, JobState, Phase, Priority, SampleSolver, WebhookEvent
+from jobs.job import FailureClass, GuidePair, JobState, Lora, Phase, Priority, SampleSolver, WebhookEvent
 
 JOB_ID = "job_0m7f3c2k9x1v5n8p4q6r7s2t1"
 TIME = "2026-11-24T09:30:00Z"
@@ -28,6 +28,7 @@ class RequestOut(BaseModel):
     seed: int = Field(description="Chosen at random when none was sent.", examples=[42])
     sample_solver: SampleSolver = Field(examples=["unipc"])
     image: str | None = Field(description="The upload that the video starts from.", examples=[None])
+    loras: list[Lora] = Field(description="Merged into the model for this video.", examples=[[]])
 
 
 class ErrorOut(BaseModel):

@@ -19,7 +19,7 @@ from jobs.storage import ObjectStore
 from jobs.store import JobStore
 from jobs.timings import Timings
 from tests.api.conftest import MODEL, finish, serve, submit
-from tests.support.jobs import new_job
+from tests.support.jobs import card, new_job
 
 PROMPT = "a red ball rolls over a table"
 
@@ -46,8 +46,22 @@ def test_submit_fills_in_the_models_defaults(client: httpx.Client) -> None:
         "guide_scale": [3.0, 4.0],
         "sample_solver": "unipc",
         "image": None,
+        "loras": [],
     }
     assert job["metadata"] == {"ref": "a"}
+
+
+def test_loras_come_back_with_their_defaults(client: httpx.Client, redis: RedisClient) -> None:
+    NodeRegistry(redis).publish_model(card(loras=["ink"]))
+    answer = client.post("/v1/jobs", json={"prompt": PROMPT, "loras": [{"name": "ink"}]})
+    assert answer.status_code == 202
+    expected = [{"name": "ink", "strength": 1.0, "expert": "both"}]
+    assert answer.json()["request"]["loras"] == expected
+    assert client.get(answer.json()["links"]["self"]).json()["request"]["loras"] == expected
+    refused = client.post("/v1/jobs", json={"prompt": PROMPT, "loras": [{"name": "oil"}]})
+    assert refused.status_code == 422
+    assert refused.json()["errors"][0]["field"] == "loras.0.name"
+    assert "ink" in refused.json()["errors"][0]["expected"]
 
 
 def test_submit_keeps_every_field(client: httpx.Client) -> None:
@@ -65,7 +79,7 @@ def test_submit_keeps_every_field(client: httpx.Client) -> None:
     }
     extra = {"priority": "low", "deadline_seconds": 60, "webhook_events": ["job.failed", "job.started"]}
     job = client.post("/v1/jobs", json={**sent, **extra}).json()
-    assert job["request"] == {**sent, "guide_scale": [2.5, 2.5], "image": None}
+    assert job["request"] == {**sent, "guide_scale": [2.5, 2.5], "image": None, "loras": []}
     assert job["priority"] == "low"
     assert job["webhook_events"] == ["job.failed", "job.started"]
     assert job["deadline_at"] is not None
