@@ -10,9 +10,11 @@ import typer
 
 from infra.commands.tables import (
     JOB_COLUMNS,
+    KEY_COLUMNS,
     NODE_COLUMNS,
     QUEUE_COLUMNS,
     job_rows,
+    key_rows,
     node_rows,
     queue_rows,
 )
@@ -136,12 +138,11 @@ def create_key(
 def list_keys(as_json: AsJson = False, stack: Stack = None) -> None:
     """List API keys, without their secrets."""
     use_stack(stack, "REEL_REDIS_URL")
-    rows = [key.model_dump(mode="json") for key in _keys().list()]
+    found = _keys().list()
     if as_json:
-        _lines(rows)
+        _lines([key.model_dump(mode="json") for key in found])
         return
-    columns = ("id", "name", "scopes", "max_outstanding", "requests_per_minute", "created_at", "revoked_at")
-    _table(columns, [[_cell(row.get(name)) for name in columns] for row in rows])
+    _table(KEY_COLUMNS, key_rows(found))
 
 
 @keys_app.command("revoke")
@@ -241,14 +242,6 @@ def _show_jobs(found: "Sequence[Job]", as_json: bool) -> None:
 def _no_json(as_json: bool) -> None:
     if as_json:
         raise CliError("--watch draws a table; for programs, run the command with --json in a loop")
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return " ".join(sorted(map(str, value)))
-    return str(value)
 
 
 def _lines(rows: Sequence[dict[str, Any]]) -> None:

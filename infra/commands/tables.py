@@ -1,15 +1,18 @@
 """Jobs, nodes and the queue as rows of text, for the tables that operators see."""
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jobs.job import Job
+    from jobs.keys import ApiKey
     from jobs.nodes import NodeInfo
     from jobs.queries import QueueStats
 
 JOB_COLUMNS = ("id", "state", "progress", "age", "model", "key", "node", "why")
 NODE_COLUMNS = ("id", "state", "model", "ranks", "device", "gpus", "memory", "job", "heard", "drain")
+KEY_COLUMNS = ("id", "name", "scopes", "outstanding", "requests a minute", "created", "revoked")
 QUEUE_COLUMNS = ("model", "priority", "waiting", "running", "oldest")
 
 
@@ -62,3 +65,28 @@ def queue_rows(stats: "Sequence[QueueStats]") -> list[list[str]]:
         for row in stats
         if row.waiting or row.running
     ]
+
+
+def key_rows(found: "Sequence[ApiKey]") -> list[list[str]]:
+    """API keys as `reel keys list` shows them."""
+    return [
+        [
+            key.id,
+            key.name,
+            " ".join(sorted(key.scopes)),
+            _limit(key.max_outstanding),
+            _limit(key.requests_per_minute),
+            _moment(key.created_at),
+            _moment(key.revoked_at),
+        ]
+        for key in found
+    ]
+
+
+def _limit(value: int | None) -> str:
+    return "the default" if value is None else f"{value:,}"
+
+
+def _moment(at: float | None) -> str:
+    """A Unix time to the minute; nothing for none."""
+    return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M} UTC" if at else ""

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -151,5 +152,12 @@ def test_api_keys_and_webhook_secrets_rotate_by_command(
             assert keys.authenticate(new) is None
             assert keys.authenticate(newest) is not None
             assert invoke(["keys", "rotate", "key_none"]) == 1
+            capsys.readouterr()
+            assert invoke(["keys", "list"]) == 0
+            heads, row = capsys.readouterr().out.splitlines()[:2]
+            assert heads.split("  ")[0] == "id"
+            assert row.startswith(record.id)
+            assert f"{datetime.now(UTC):%Y-%m-%d}" in row  # a date, not Unix seconds
+            assert newest not in row
         finally:
             get_settings.cache_clear()
