@@ -25,6 +25,7 @@ from packaging.requirements import Requirement
 from pydantic import SecretStr
 
 from infra.docker.make_secrets import acl, make
+from infra.models import has_checkpoint
 from infra.prometheus.exporter import Exporter
 from jobs.client import connect
 from jobs.endpoints import EndpointStore
@@ -121,6 +122,24 @@ def test_dockerfile_is_clean_and_a_tampered_one_is_not(tmp_path: Path) -> None:
     bad = tmp_path / "Dockerfile"
     bad.write_text((INFRA / "docker/Dockerfile").read_text().replace("WORKDIR /src", "RUN cd /src"))
     assert hadolint(bad).returncode != 0
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_cpu_nodes_image_has_a_checkpoint(tmp_path: Path, trained: bool) -> None:
+    """The build's own step, with and without the demo model's weights in the checkout."""
+    dockerfile = (INFRA / "docker/Dockerfile").read_text()
+    (step,) = re.findall(r"^RUN (ls /models/demo.*)$", dockerfile, re.MULTILINE)
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    weights = folder / "models_t5_umt5-xxl-enc-bf16.pth"
+    if trained:
+        weights.write_text("the trained ones")
+    path = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
+    command = ["sh", "-c", step.replace("/models/demo", str(folder))]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PATH": path}, cwd=tmp_path)
+    assert has_checkpoint(folder)
+    assert (weights.read_bytes() == b"the trained ones") is trained
 
 
 def closure(extra: str) -> set[str]:
