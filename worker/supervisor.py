@@ -43,7 +43,7 @@ class Supervisor:
     def __init__(self, plan: NodePlan) -> None:
         self.plan = plan
         self._host: subprocess.Popen[bytes] | None = None
-        self._asked: str | None = None  # None, or one of worker.plan.GRACE
+        self._asked: str | None = None  # None, or a word that worker.plan.grace_seconds knows, or "stop"
         self._asked_at = 0.0
         self._wake = threading.Event()
 

@@ -7,7 +7,6 @@ import json
 import ssl
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ from jobs.settings import Settings
 from jobs.store import JobStore
 from tests.api.conftest import Running, serve
 from tests.support.jobs import card
+from tests.support.serving import serving
 from tests.support.tls import self_signed
 from tests.worker.receiver import RawReceiver, Reply
 
@@ -84,18 +84,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Quiet."""
 
 
-def serving(pictures: Pictures) -> Iterator[Pictures]:
-    thread = threading.Thread(target=pictures.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield pictures
-    pictures.shutdown()
-    thread.join()
-    pictures.server_close()
-
-
 @pytest.fixture
 def pictures() -> Iterator[Pictures]:
-    yield from serving(Pictures())
+    with serving(Pictures()) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +188,7 @@ def test_the_name_is_verified_though_the_address_is_pinned(
     server.load_cert_chain(certificate)
     monkeypatch.setattr(addresses, "_getaddrinfo", lambda host, port: ["127.0.0.1"])
     trusting = ssl.create_default_context(cafile=str(certificate))
-    for pictures in serving(Pictures(server)):
+    with serving(Pictures(server)) as pictures:
         order = Order(f"https://{HOST}:{pictures.server_port}/red.png", 8192, 10_000, allow_loopback=True)
         with pytest.raises(RefusedError, match="SSLCertVerificationError"):
             fetch(order)  # nobody vouches for the certificate

@@ -3,7 +3,6 @@
 import http.client
 import io
 import json
-import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
@@ -12,6 +11,7 @@ import pytest
 from standardwebhooks.webhooks import Webhook
 
 from infra.receiver import MAX_BODY, Receiver
+from tests.support.serving import serving
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 EVENT = {"type": "job.succeeded", "timestamp": "2026-11-24T00:00:00Z", "data": {"id": "job_1"}}
@@ -20,12 +20,8 @@ EVENT = {"type": "job.succeeded", "timestamp": "2026-11-24T00:00:00Z", "data": {
 @pytest.fixture
 def receiver() -> Iterator[Receiver]:
     server = Receiver("127.0.0.1", 0, SECRET, io.StringIO())
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(server):
+        yield server
 
 
 def post(

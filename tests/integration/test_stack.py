@@ -11,7 +11,6 @@ import secrets
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from engine.video import decode_video
 from infra.client import ReelClient
 from infra.receiver import Receiver
 from tests.integration.stack import Stack, parent_of, until
+from tests.support.serving import serving
 
 pytestmark = pytest.mark.timeout(420)
 INHERITED = "an-operators-own-secret-of-40-characters"
@@ -54,14 +54,8 @@ def stacks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
 def receiver_for(stack: Stack) -> Iterator[tuple[str, io.StringIO]]:
     """A webhook receiver with the stack's secret: its URL, and what it prints."""
     printed = io.StringIO()
-    with Receiver("127.0.0.1", 0, stack.webhook_secret, printed) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}/hook", printed
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(Receiver("127.0.0.1", 0, stack.webhook_secret, printed)) as server:
+        yield f"http://127.0.0.1:{server.server_address[1]}/hook", printed
 
 
 def finish(client: ReelClient, job_id: str, seconds: float = 150.0) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from tests.support.serving import serving
 from worker.notice import Cloud, Notice
 
 SESSION = "a session"
@@ -48,12 +49,8 @@ class Metadata(BaseHTTPRequestHandler):
 def metadata() -> Iterator[HTTPServer]:
     server = HTTPServer(("127.0.0.1", 0), Metadata)
     server.reclaimed = False  # type: ignore[attr-defined]
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(server):
+        yield server
 
 
 @pytest.mark.parametrize("cloud", ["aws", "gcp", "azure"])
