@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import random
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -111,6 +112,7 @@ def set_rate(group: dict[str, Any], rate: float) -> None:
 
 def prepare(device: str, seed: int = SEED) -> None:
     """Seeds and precision of a training process."""
+    random.seed(seed)
     torch.manual_seed(seed)
     if device == "cuda":
         torch.backends.cudnn.benchmark = True
@@ -133,18 +135,9 @@ def _pickled(function: Callable[[Any], Any], job: Any) -> bytes:
     return pickle.dumps(function(job))
 
 
-def wait_for(path: Path, until: float) -> bool:
-    """Wait for a file that another process will write, up to an epoch second; whether it is there."""
-    while not path.exists():
-        if time.time() > until:
-            return False
-        time.sleep(0.2)
-    return True
-
-
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside its place and move it there, so that nobody ever reads half of it."""
-    draft = path.with_name(f".{path.name}.draft")
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     write(draft)
     draft.replace(path)
 
@@ -250,7 +243,8 @@ def update_reel_json(folder: Path, **values: Any) -> None:
     path = folder / "reel.json"
     facts = json.loads(path.read_text()) if path.exists() else {}
     facts |= values
-    path.write_text(json.dumps(facts, indent=2) + "\n")
+    text = json.dumps(facts, indent=2) + "\n"
+    replace_file(path, lambda draft: draft.write_text(text))
 
 
 def psnr(video: Tensor, target: Tensor) -> Tensor:
