@@ -140,7 +140,7 @@ def main() -> None:
     log.flush(step)
     save_weights(classifier, args.out / CHECKPOINT)
     classifier.eval()
-    count = 64 if args.max_steps < 1000 else 1024
+    count = 32 if args.max_steps < 1000 else 1024
     right = accuracies(classifier, args.device, count)
     print("classifier on held-out drawn clips:", {k: round(v, 4) for k, v in right.items()}, flush=True)
     log.save(held_out_accuracy=right)

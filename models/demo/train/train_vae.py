@@ -193,7 +193,7 @@ def main() -> None:
     fast_vae.speed_up(args.mode != "plain")
     vae = load_vae(args.out, args.device) if args.resume else to_device(VAE(VAE_CONFIG), args.device)
     tiny = args.max_steps < 1000
-    packed = pack(sample_scenes(64 if tiny else 12_000, SEED + 4)).to(args.device)
+    packed = pack(sample_scenes(16 if tiny else 12_000, SEED + 4)).to(args.device)
     trainer = Trainer(vae, args.device, args.mode == "graph" and args.device == "cuda", args.decoder_only)
     rate = args.lr or (5e-4 if args.resume else 1e-3)
     budget = Budget(trainer.optimizer, rate, args.seconds, args.max_steps, until=args.until)
@@ -203,7 +203,7 @@ def main() -> None:
         if step % 10 == 9 and args.device == "cuda":
             torch.cuda.synchronize()  # or recorded steps queue up for seconds, and the clock knows nothing
     log.flush(step)
-    publish(vae, args, packed[: 32 if tiny else 768], log, tiny)
+    publish(vae, args, packed[: 4 if tiny else 768], log, tiny)
 
 
 def publish(vae: VAE, args: argparse.Namespace, packed: PackedScenes, log: Log, tiny: bool) -> None:
@@ -217,7 +217,7 @@ def publish(vae: VAE, args: argparse.Namespace, packed: PackedScenes, log: Log, 
         update_reel_json(args.out, latent_mean=mean, latent_std=std)
     (draft / CHECKPOINT).replace(args.out / CHECKPOINT)  # last: who waits for it finds the rest
     draft.rmdir()
-    value = measure(vae, args.device, 16 if tiny else 128)
+    value = measure(vae, args.device, 2 if tiny else 128)
     print(f"vae: {value:.2f} dB on held-out clips", flush=True)
     log.save(held_out_psnr_db=value)
 
