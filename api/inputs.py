@@ -79,6 +79,7 @@ EXPECTED: Mapping[str, str] = {
     "sample_solver": 'a text, "unipc" or "dpm++"',
     "image": "an upload's id (img_...) from POST /v1/uploads, or an https URL",
     "loras": 'a list of {"name": a text, "strength": -10 to 10, "expert": "both", "high" or "low"}',
+    "quality": "a text, one of the model's presets, as `GET /v1/models` lists them",
     "priority": "one of high, normal, low",
     "deadline_seconds": f"a number above 0, at most {DEADLINE_MAX}",
     "callback_url": f"an https URL of at most {CALLBACK_MAX} characters",

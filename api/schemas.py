@@ -29,6 +29,7 @@ class RequestOut(BaseModel):
     sample_solver: SampleSolver = Field(examples=["unipc"])
     image: str | None = Field(description="The upload that the video starts from.", examples=[None])
     loras: list[Lora] = Field(description="Merged into the model for this video.", examples=[[]])
+    quality: str = Field(description="The preset; `lossless` unless asked for.", examples=["lossless"])
 
 
 class ErrorOut(BaseModel):
@@ -54,6 +55,13 @@ class ResultOut(BaseModel):
     )
     gpu_seconds: float | None = Field(
         None, description="GPUs times the seconds that the video held them.", examples=[416.0]
+    )
+
+    quality: str = Field("lossless", description="The preset it was made with.", examples=["8bit-cache"])
+    steps_computed: int | None = Field(None, description="Denoising steps that were computed.", examples=[28])
+    steps_reused: int = Field(0, description="Steps that took an earlier step's result.", examples=[12])
+    guidance_reused: int = Field(
+        0, description="Computed steps that took an earlier step's guidance.", examples=[4]
     )
 
 
@@ -133,6 +141,22 @@ class UploadOut(BaseModel):
     content_type: str = Field(examples=["image/png"])
 
 
+class PresetOut(BaseModel):
+    """A quality preset of a model."""
+
+    name: str = Field(description="Send as `quality`.", examples=["8bit"])
+    summary: str = Field(examples=["matrix products and self-attention of most blocks in 8 bits"])
+    offered: bool = Field(description="Requests may name it.")
+    reason: str | None = Field(description="Why they may not.", examples=[None])
+    expected_seconds: float | None = Field(
+        description="On the GPUs for the model's defaults, learned from finished videos; `null` before one.",
+        examples=[61.5],
+    )
+    defaults: dict[str, Any] = Field(
+        description="What it changes of the model's defaults.", examples=[{"sampling_steps": 4}]
+    )
+
+
 class ModelOut(BaseModel):
     """A model that nodes serve: what it takes and what it does when a field is left out."""
 
@@ -148,6 +172,7 @@ class ModelOut(BaseModel):
     max_sampling_steps: int = Field(examples=[100])
     sample_solvers: list[SampleSolver] = Field(examples=[["unipc", "dpm++"]])
     loras: list[str] = Field(description="Names that `loras` may give.", examples=[["four-step-high"]])
+    presets: list[PresetOut] = Field(description="Quality presets; `lossless` is the default.")
     defaults: dict[str, Any] = Field(
         description="The value of each field that a request leaves out.",
         examples=[{"size": "1280*720", "frame_num": 81, "sampling_steps": 40, "guide_scale": [3.0, 4.0]}],

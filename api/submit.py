@@ -17,6 +17,7 @@ from jobs.addresses import Address, CallbackRefused, check_callback_url
 from jobs.errors import FieldProblem, InvalidRequest
 from jobs.job import Job, ModelCard, NewJob, Priority, VideoRequest, new_id
 from jobs.keys import ApiKey, Scope
+from jobs.quality import listed
 from jobs.requests import parse_and_resolve
 
 
@@ -106,7 +107,8 @@ def choose_model(svc: Services, name: Any, wrong: dict[str, FieldProblem]) -> Mo
     if name is None:
         name = svc.settings.default_model or (next(iter(cards)) if len(cards) == 1 else None)
     if isinstance(name, str) and name in cards:
-        return cards[name]
+        presets = listed(cards[name].presets, svc.settings.forbidden)
+        return cards[name].model_copy(update={"presets": presets})
     got = "nothing" if name is None else shorten(name)
     wrong["model"] = FieldProblem("model", got, "one of " + ", ".join(sorted(cards)))
     return None

@@ -7,6 +7,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from engine.presets import Preset
+
 Task = Literal["t2v", "i2v", "ti2v"]
 Solver = Literal["unipc", "dpm++"]
 Expert = Literal["both", "high", "low"]  # of a model with one expert, that is the high one
@@ -68,6 +70,7 @@ class ModelSpec:
     sizes: tuple[tuple[int, int], ...]  # (width, height) in pixels
     negative_prompt: str
     loras: tuple[str, ...] = ()  # names of what the LoRA folder held when the model was loaded
+    presets: tuple[Preset, ...] = ()  # refused ones too, with the reason; empty: lossless alone
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class GenerationRequest:
     image: Path | None = None
     noise_device: str = "cpu"  # a seed means the same video everywhere only on the CPU
     loras: tuple[LoraUse, ...] = ()
+    quality: str = "lossless"  # a preset's name, engine.presets
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,16 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a preset did and what it left out."""
+
+    quality: str = "lossless"
+    steps_computed: int = 0  # whose transformer blocks ran
+    steps_reused: int = 0  # whose blocks' result was taken from an earlier step
+    guidance_reused: int = 0  # of the computed ones, without the unconditional pass
+
+
+@dataclass(frozen=True)
 class GenerationResult:
     """What a finished generation was; the frames went to the sink."""
 
@@ -116,6 +130,7 @@ class GenerationResult:
     fps: float
     seed: int
     seconds: dict[str, float]  # wall seconds of each phase
+    work: Work = Work()
 
 
 class FrameSink(Protocol):

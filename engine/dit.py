@@ -12,7 +12,7 @@ dtype of their weights. Facts: the official `wan/modules/model.py` (Wan-Video/Wa
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -178,6 +178,14 @@ class Keeper(Protocol):
         ...
 
 
+class Around(Protocol):
+    """What may stand in for the block stack; see `engine.cache`."""
+
+    def __call__(self, x_BLD: Tensor, blocks: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+        """The stream after the blocks, [B, L, D] fp32; `dtype` is their weights'."""
+        ...
+
+
 class DiT(nn.Module):
     """One expert: predicts the flow (noise minus video) of latents at a timestep, given text."""
 
@@ -202,12 +210,14 @@ class DiT(nn.Module):
         timesteps_BS: Tensor,
         text: TextKV,
         sequence: Sequence | None = None,
+        around: Around | None = None,
     ) -> Tensor:
         """The predicted flow, [B, C_out, F, H, W] fp32.
 
         `timesteps_BS` is [B or 1, S]: one timestep for all tokens, or two, of which the first is that of
         the first latent frame's tokens. `text` comes from `encode_text`. `sequence` tells how the tokens
-        are spread over ranks; every rank passes the whole latents and receives the whole prediction.
+        are spread over ranks; every rank passes the whole latents and receives the whole prediction. `around`
+        may run the blocks or put something else in their place.
         """
         sequence = sequence or WholeSequence()
         grid = self.token_grid(latents_BCFHW)
@@ -218,15 +228,26 @@ class DiT(nn.Module):
 
         x_BLD = self.embed_patches(sequence.shard(self.patchify(latents_BCFHW), 1))
         time_BSD, e_BS6D = self.embed_time(timesteps_BS)
-        if fused.applies(self._blocks()[0].self_attn.o.weight):
+        fast = fused.applies(self._blocks()[0].self_attn.o.weight)
+
+        def run_blocks(x_BLD: Tensor) -> fused.Stream:
             blocks = self.visit_blocks(forward=True)
-            stream = fused.run_blocks(blocks, x_BLD, e_BS6D, split, rope, text, sequence, length)
+            if fast:
+                return fused.run_blocks(blocks, x_BLD, e_BS6D, split, rope, text, sequence, length)
+            for block, text_kv in zip(blocks, text, strict=True):
+                x_BLD = block(x_BLD, e_BS6D, split, rope, text_kv, sequence, length)
+            return fused.Stream(x_BLD)
+
+        if around is None:
+            stream = run_blocks(x_BLD)
+        else:
+            dtype = self._blocks()[0].self_attn.o.weight.dtype
+            stream = fused.Stream(around(x_BLD, lambda x: run_blocks(x).joined(split), dtype))
+        if fast:
             patches_BLP = fused.head(self.head, stream, time_BSD, split)
         else:
-            for block, text_kv in zip(self.visit_blocks(forward=True), text, strict=True):
-                x_BLD = block(x_BLD, e_BS6D, split, rope, text_kv, sequence, length)
             with without_autocast(x_BLD):
-                patches_BLP = self.head(x_BLD, time_BSD, split)
+                patches_BLP = self.head(stream.x_BLD, time_BSD, split)
         return self.unpatchify(sequence.gather(patches_BLP, 1, length), grid)
 
     def encode_text(self, text_BTE: Tensor) -> TextKV:

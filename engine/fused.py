@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kernels import gemm
 from kernels.norm_modulate import Norm, add_normalize, normalize
+from kernels.norm_modulate.reference import add_gated
 from kernels.qk_norm_rope import norm_rope, qk_norm_rope, rms_norm
 
 if TYPE_CHECKING:
@@ -159,6 +160,10 @@ class Stream:
         self.x_BLD, y_BLD = add_normalize(self.x_BLD, self.pending, self._gate, norm, dtype)
         self.pending = self._gate = None
         return y_BLD
+
+    def joined(self, split: int) -> Tensor:
+        """The stream with the pending branch in it, [B, L, D]; stays readable."""
+        return self.x_BLD if self.pending is None else add_gated(self.x_BLD, self.pending, self._gate, split)
 
     def rows(self) -> "list[Stream]":
         """Each batch entry as a stream of its own."""

@@ -1,5 +1,6 @@
 """From a checkpoint folder to a pipeline that is ready for requests."""
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from engine.lora_files import LoraFolder
 from engine.memory import RUNGS, Rung
 from engine.parallel.mesh import Mesh
 from engine.pipeline import Pipeline
+from engine.presets import Machine, offers
 from engine.specs import Facts, find_facts, make_spec
 from engine.vae import VAE
 from engine.weights import Shape
@@ -33,6 +35,7 @@ def load_pipeline(
     verify: bool = False,
     memory_limit: int | None = None,
     rung: Rung | None = None,
+    forbidden: Collection[str] = (),
     on_bytes: OnBytes = lambda part, came, total: None,
 ) -> Pipeline:
     """Load every part of the checkpoint in `folder` onto `device`; a collective call of the mesh's ranks.
@@ -42,8 +45,9 @@ def load_pipeline(
     name LoRAs of (the checkpoint's own `loras/` unless given). `verify` compares checksums first. The memory
     plan is made, logged and checked before any weight is read: `memory_limit` is the bytes of one GPU that
     may be used (all that are free unless given), `rung` a rung of `engine.memory`'s ladder instead of the
-    first that fits. `on_bytes` hears of the loading's progress. No rank returns before all have loaded: from
-    then on they may not differ by much. Raises CheckpointError, DoesNotFit.
+    first that fits. Requests may not name the presets `forbidden`. `on_bytes` hears of the loading's
+    progress. No rank returns before all have loaded: from then on they may not differ by much. Raises
+    CheckpointError, DoesNotFit.
     """
     mesh, folder = mesh or Mesh.single(), Path(folder)
     device = default_device(mesh) if device is None else torch.device(device)
@@ -57,7 +61,10 @@ def load_pipeline(
         raise CheckpointError(
             f"{facts.name} has {dit_config.num_heads} heads, which {mesh.ulysses} sequence parts don't divide"
         )
-    spec = make_spec(facts, dit_config, vae_config)
+    lora_folder = LoraFolder(loras or folder / "loras")
+    names = lora_folder.names()
+    presets = offers(facts.presets, Machine(capability(device), names, forbidden))
+    spec = replace(make_spec(facts, dit_config, vae_config), loras=tuple(names), presets=presets)
     if verify:
         verify_checksums(folder, mesh)
     plan = plan_memory(spec, layout, mesh, device, dtype, vae_dtype, memory_limit, rung)
@@ -71,8 +78,6 @@ def load_pipeline(
         pick_attend(kind, dtype, dit_config.head_dim, device) for kind in ("self", "cross")
     )
     mesh.meet()
-    lora_folder = LoraFolder(loras or folder / "loras")
-    spec = replace(spec, loras=tuple(lora_folder.names()))
     pipeline = Pipeline(spec, text_encoder, high, low, vae, mesh, device, self_attend, cross_attend)
     pipeline.exchange = exchange
     pipeline.branches_in_turn = plan.step >= RUNGS.index("branches")
@@ -85,6 +90,11 @@ def default_device(mesh: Mesh) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", mesh.rank % torch.cuda.device_count())
+
+
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """The GPU's compute capability, None for a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def read_dit_config(layout: Layout) -> DiTConfig:

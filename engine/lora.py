@@ -19,6 +19,7 @@ from engine.errors import RequestError
 from engine.lora_files import Change, LoraFolder, read_lora
 from engine.parallel.collectives import all_gather
 from engine.parallel.mesh import Mesh
+from engine.presets import Preset
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +118,11 @@ class Loras:
             self._kept[-1].restore()
             self._kept.pop()
         self.current = ()
+
+
+def distilled(preset: Preset | None) -> tuple[LoraUse, ...]:
+    """The LoRAs that a preset of few steps brings along."""
+    return tuple(LoraUse(**lora) for lora in preset.few.loras) if preset and preset.few else ()
 
 
 def _local(parameter: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.attention import Attend, sdpa
+from engine.cache import StepCache, make_cache
 from engine.conditioning import Conditioning, make_conditioning
 from engine.config import (
     CancelCheck,
@@ -21,14 +22,16 @@ from engine.config import (
     GenerationResult,
     ModelSpec,
     ProgressCallback,
+    Work,
 )
 from engine.dit import DiT, TextKV
 from engine.errors import OutOfMemory, RequestError
 from engine.frame_writer import FrameWriter
-from engine.lora import Loras
+from engine.lora import Loras, distilled
 from engine.offload import ExpertExchange, PromptEncoder
 from engine.parallel.mesh import Mesh
 from engine.parallel.text import encode_once
+from engine.presets import Preset, find
 from engine.requests import check
 from engine.sampler import TRAIN_TIMESTEPS, make_schedule, make_solver
 from engine.text_encoder import TextEncoder
@@ -84,7 +87,8 @@ class Pipeline:
                     image = make_conditioning(request, self.spec, self.vae, self.mesh.space)
                 with tracker.phase("denoising"):
                     noise_CFHW = self.noise(request, image.size)
-                    latents_CFHW = self.denoise(request, text_2TE, noise_CFHW, image, tracker)
+                    cache = make_cache(self, self.preset(request), request.sampling_steps)
+                    latents_CFHW = self.denoise(request, text_2TE, noise_CFHW, image, tracker, cache)
                 if latents_out is not None and self.mesh.rank == 0:
                     save_file({"latents": latents_CFHW.float().cpu().contiguous()}, latents_out)
                 with tracker.phase("decoding"):
@@ -92,12 +96,17 @@ class Pipeline:
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             raise OutOfMemory(f"{self.device} ran out of memory at {tracker.where}: {error}") from error
-        return GenerationResult(*image.size, frames, self.spec.fps, request.seed, tracker.seconds)
+        work = cache.work(request.quality) if cache else Work(request.quality, request.sampling_steps)
+        return GenerationResult(*image.size, frames, self.spec.fps, request.seed, tracker.seconds, work)
+
+    def preset(self, request: GenerationRequest) -> Preset | None:
+        """The preset that a checked request names."""
+        return find(self.spec.presets, request.quality)
 
     def use_loras(self, request: GenerationRequest) -> None:
-        """Have the experts carry the request's LoRAs and no others."""
+        """Have the experts carry the request's and its preset's LoRAs and no others."""
         if self.loras is not None:
-            self.loras.use(request.loras)
+            self.loras.use(request.loras + distilled(self.preset(request)))
         elif request.loras:
             raise RequestError("loras", [use.name for use in request.loras], "none: there is no LoRA folder")
 
@@ -128,6 +137,7 @@ class Pipeline:
         latents_CFHW: Tensor,
         image: Conditioning,
         tracker: Tracker,
+        cache: StepCache | None = None,
     ) -> Tensor:
         """From noise to clean latents [C, F, H, W], one solver step after another."""
         schedule = make_schedule(request.solver, request.sampling_steps, request.shift)
@@ -142,7 +152,8 @@ class Pipeline:
                 expert, texts = chosen, {}  # the other expert's text keys and values are done with
             if self.exchange is not None:  # after the last step comes the next video's first
                 self.exchange.step(chosen, plan[(step + 1) % len(plan)][0], len(self.passes(guide)))
-            flow_CFHW = self.flow(chosen, guide, t, latents_CFHW, text_2TE, texts, image)
+            inputs = (chosen, guide, t, latents_CFHW, text_2TE, texts, image)
+            flow_CFHW = self.flow(*inputs) if cache is None else cache.flow(step, *inputs)
             latents_CFHW = image.pin(solver.step(flow_CFHW, latents_CFHW))
         tracker.report("denoising", schedule.steps, schedule.steps)
         return latents_CFHW

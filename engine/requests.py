@@ -5,6 +5,7 @@ from pathlib import Path
 
 from engine.config import GenerationRequest, LoraUse, ModelSpec, Solver
 from engine.errors import RequestError
+from engine.presets import LOSSLESS, allowed, find
 
 MAX_STEPS = 1000
 MAX_STRENGTH = 10.0  # of a LoRA, either sign
@@ -26,20 +27,26 @@ def resolve(
     image: Path | None = None,
     noise_device: str = "cpu",
     loras: tuple[LoraUse, ...] = (),
+    quality: str = LOSSLESS,
 ) -> GenerationRequest:
     """A checked request with the model's defaults for what isn't given; a random seed unless given.
 
     `guide_scale` of one number counts for both experts. Raises RequestError naming the first bad field.
     """
-    guide = spec.guide_scale if guide_scale is None else guide_scale
+    preset = find(spec.presets, quality)
+    few = None if preset is None else preset.few
+    default_steps = spec.sampling_steps if few is None else few.steps
+    default_shift = few.shift if few is not None and few.shift is not None else spec.shift
+    default_guide = spec.guide_scale if few is None else (1.0,)
+    guide = default_guide if guide_scale is None else guide_scale
     if len(guide) not in (1, 2):
         raise RequestError("guide_scale", guide, "one number, or two: low-noise, high-noise")
     request = GenerationRequest(
         prompt=prompt,
         size=size or spec.sizes[0],
         frame_num=spec.frame_num if frame_num is None else frame_num,
-        shift=spec.shift if shift is None else shift,
-        sampling_steps=spec.sampling_steps if sampling_steps is None else sampling_steps,
+        shift=default_shift if shift is None else shift,
+        sampling_steps=default_steps if sampling_steps is None else sampling_steps,
         guide_scale=(guide[0], guide[-1]),
         seed=secrets.randbelow(2**32) if seed is None else seed,
         solver=solver,
@@ -47,6 +54,7 @@ def resolve(
         image=image,
         noise_device=noise_device,
         loras=loras,
+        quality=quality,
     )
     check(request, spec)
     return request
@@ -72,6 +80,8 @@ def check(request: GenerationRequest, spec: ModelSpec) -> None:
         raise RequestError("seed", request.seed, "0 to 2^63 - 1")
     if request.solver not in ("unipc", "dpm++"):
         raise RequestError("sample_solver", request.solver, "unipc, dpm++")
+    if find(spec.presets, request.quality) is None:
+        raise RequestError("quality", request.quality, allowed(spec.presets, request.quality))
     if len(request.loras) > MAX_LORAS:
         raise RequestError("loras", len(request.loras), f"at most {MAX_LORAS}")
     if not all(abs(use.strength) <= MAX_STRENGTH for use in request.loras):

@@ -24,6 +24,7 @@ from engine.errors import RequestError
 from engine.load import default_device, load_pipeline
 from engine.parallel.mesh import Mesh
 from engine.pipeline import Pipeline
+from engine.presets import LOSSLESS
 from engine.requests import resolve
 from engine.video import Mp4Writer
 
@@ -48,6 +49,7 @@ def run(
     seed: int | None = None,
     sample_solver: Solver | None = None,
     loras: tuple[LoraUse, ...] = (),
+    quality: str | None = None,
     lora_dir: Path | None = None,
     verify: bool = False,
     gpu_memory: int | None = None,
@@ -89,6 +91,7 @@ def run(
             negative_prompt=negative_prompt or "",
             image=image,
             loras=loras,
+            quality=quality or LOSSLESS,
         )
         if mesh.rank == 0:
             lead(pipeline, request, out, save_latents)

@@ -6,7 +6,7 @@ checkpoint overrides any of them.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ class Facts:
     text_len: int = 512
     latent_mean: tuple[float, ...] = LATENT_MEAN_21
     latent_std: tuple[float, ...] = LATENT_STD_21
+    presets: Mapping[str, Any] = field(default_factory=dict)  # see engine.presets
 
 
 SIZES_A14B = ((1280, 720), (720, 1280), (832, 480), (480, 832))

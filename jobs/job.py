@@ -1,6 +1,6 @@
 """What a job is: its states and legal transitions, the request, the record, and the model card.
 
-Imports nothing of ours but `errors`. The Lua scripts enforce the same table (a test compares the two).
+Imports nothing of ours but `quality`. The Lua scripts enforce the same table (a test compares the two).
 """
 
 import secrets
@@ -11,10 +11,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA = 2  # rises when an older node could not run a newer job; a node leaves newer ones in the queue
+from jobs.quality import LOSSLESS, PresetCard
+
+SCHEMA = 3  # rises when an older node could not run a newer job; a node leaves newer ones in the queue
 # Request fields that came after schema 1, and the schema that a node must know to run them. Unused ones are
 # not stored, since a node refuses fields that it doesn't know: so an older one still runs what it can.
-LATER = {"loras": 2}
+LATER = {"loras": 2, "quality": 3}
 
 
 class JobState(StrEnum):
@@ -119,6 +121,7 @@ class VideoRequest(BaseModel):
     sample_solver: SampleSolver
     image: str | None = None  # storage key of the input image
     loras: tuple[Lora, ...] = ()
+    quality: str = LOSSLESS  # a preset of the model's card
 
 
 class JobError(BaseModel):
@@ -146,6 +149,10 @@ class VideoResult(BaseModel):
     device: str = ""  # what it was made on, such as "NVIDIA H200"
     gpus: int = 0  # how many of them; on a CPU, processes
     gpu_seconds: float | None = None  # GPUs times the seconds that this attempt held them
+    quality: str = LOSSLESS  # the preset it was made with
+    steps_computed: int | None = None  # denoising steps whose blocks ran; None: made by an older node
+    steps_reused: int = 0  # steps that took an earlier one's result
+    guidance_reused: int = 0  # computed steps without their unconditional pass
     cost: float | None = None  # those seconds at the node's price (REEL_NODE_PRICE_PER_HOUR), if it has one
 
 
@@ -219,6 +226,7 @@ class ModelCard(BaseModel):
     default_guide_scale: GuidePair
     sample_solvers: list[SampleSolver] = ["unipc", "dpm++"]
     loras: list[str] = []  # names of the LoRAs that requests may use
+    presets: list[PresetCard] = []  # refused ones too, with the reason; empty: lossless alone
     size_multiple: int = 16  # pixels; a size not listed is refused whatever its divisibility
     schema_: int = Field(SCHEMA, alias="schema")
 

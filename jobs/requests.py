@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, Va
 
 from jobs.errors import FieldProblem, InvalidRequest
 from jobs.job import GuidePair, Lora, ModelCard, VideoRequest
+from jobs.quality import LOSSLESS, PresetCard, expected, find
 
 PROMPT_MAX = 2000  # characters
 SEED_MAX = 2**63 - 1
@@ -60,6 +61,9 @@ class VideoRequestIn(BaseModel):
     image: Annotated[Text | None, Field(description="To start from: an upload's id, or an https URL.")] = None
     loras: Annotated[
         tuple[Lora, ...] | None, Field(description="LoRAs of the model's folder, merged for this video.")
+    ] = None
+    quality: Annotated[
+        Text | None, Field(description="A preset of the model's; absent: lossless.", examples=[LOSSLESS])
     ] = None
 
 
@@ -129,7 +133,10 @@ def _check(
     check = _Checks(fields)
     if fields["prompt"] is None and "prompt" not in skip:
         check.problems.append(FieldProblem("prompt", "nothing", f"1 to {PROMPT_MAX} characters"))
+    quality = _quality(check, card)
+    preset = find(card.presets, quality) or PresetCard(name=quality)  # a refused one changes no default
     filled = {
+        "quality": quality,
         "prompt": check.value("prompt", "", _is_prompt, f"1 to {PROMPT_MAX} characters, not only spaces"),
         "negative_prompt": check.value(
             "negative_prompt", "", lambda v: len(v) <= PROMPT_MAX, f"at most {PROMPT_MAX} characters"
@@ -145,18 +152,21 @@ def _check(
             f"4n+1 from 1 to {card.max_frame_num}" + _nearest(fields["frame_num"], card.max_frame_num),
         ),
         "shift": check.value(
-            "shift", card.default_shift, lambda v: 0 < v <= NUMBER_MAX, f"above 0, at most {NUMBER_MAX:g}"
+            "shift",
+            preset.shift or card.default_shift,
+            lambda v: 0 < v <= NUMBER_MAX,
+            f"above 0, at most {NUMBER_MAX:g}",
         ),
         "sampling_steps": check.value(
             "sampling_steps",
-            card.default_sampling_steps,
+            preset.sampling_steps or card.default_sampling_steps,
             lambda v: 1 <= v <= card.max_sampling_steps,
             f"1 to {card.max_sampling_steps}",
         ),
         "guide_scale": _pair(
             check.value(
                 "guide_scale",
-                card.default_guide_scale,
+                preset.guide_scale or card.default_guide_scale,
                 lambda v: all(0 <= x <= NUMBER_MAX for x in _pair(v)),  # false for NaN, too
                 f"finite numbers from 0 to {NUMBER_MAX:g}",
             )
@@ -185,6 +195,17 @@ def _image(check: _Checks, card: ModelCard, skip: frozenset[str] | set[str]) -> 
     if card.task == "i2v" and image is None and "image" not in skip:
         check.problems.append(FieldProblem("image", "nothing", f"an uploaded image: {card.name} needs one"))
     return image
+
+
+def _quality(check: _Checks, card: ModelCard) -> str:
+    asked: str | None = check.fields["quality"]
+    quality = LOSSLESS if asked is None else asked
+    if find(card.presets, quality) is None:
+        default = " (the default)" if asked is None else ""
+        check.problems.append(
+            FieldProblem("quality", _short(quality) + default, expected(card.presets, quality))
+        )
+    return quality
 
 
 def _loras(check: _Checks, card: ModelCard) -> tuple[Lora, ...]:

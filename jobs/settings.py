@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from jobs.quality import QUALITIES
+
 Seconds = Annotated[float, Field(gt=0)]
 
 
@@ -80,6 +82,7 @@ class Settings(BaseSettings):
     # import path of the function that builds a rank's pipeline (its signature: worker.build.Builder)
     engine: str = "worker.build:build"
     node_price_per_hour: float = Field(0, ge=0)  # of the whole machine, in your currency; 0: unknown
+    forbidden_presets: str = ""  # quality presets, by comma, that no request may name; nodes and API read it
     lora_dir: Path | None = None  # LoRAs that requests may name; None: the checkpoint's own loras/
     verify_checkpoint: bool = False  # compare checksums before loading
     warm_up: bool = True  # run the served shapes once before the first job
@@ -91,6 +94,19 @@ class Settings(BaseSettings):
     def local_hosts(self) -> frozenset[str]:
         """The names in `allowed_hosts`, lower-case."""
         return frozenset(filter(None, (name.strip().lower() for name in self.allowed_hosts.split(","))))
+
+    @property
+    def forbidden(self) -> frozenset[str]:
+        """The names in `forbidden_presets`."""
+        return frozenset(filter(None, (name.strip() for name in self.forbidden_presets.split(","))))
+
+    @field_validator("forbidden_presets")
+    @classmethod
+    def _known_presets(cls, value: str) -> str:
+        unknown = sorted({name.strip() for name in value.split(",")} - {"", *QUALITIES})
+        if unknown:
+            raise ValueError(f"got {', '.join(unknown)}, expected some of {', '.join(QUALITIES)}")
+        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from jobs.client import RedisClient, guard
 from jobs.errors import StoreUnavailable
 from jobs.job import VideoRequest
+from jobs.quality import LOSSLESS
 from jobs.scripts import PREFIX
 
 WEIGHT = 0.3  # of a new measurement in the running average: the last handful of videos count
@@ -60,8 +61,9 @@ class Timings:
 
 
 def shape_of(request: VideoRequest) -> str:
-    """What decides the time of a step and of a decode: width, height and frames."""
-    return f"{request.size}:{request.frame_num}"
+    """What decides the time of a step and of a decode: width, height, frames, and the preset if any."""
+    preset = "" if request.quality == LOSSLESS else f":{request.quality}"
+    return f"{request.size}:{request.frame_num}{preset}"
 
 
 def _blend(before: float, now: float) -> float:

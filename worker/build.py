@@ -122,6 +122,7 @@ def build(plan: NodePlan, index: int, rendezvous: Path) -> RankPipeline:
             loras=settings.lora_dir,
             verify=settings.verify_checkpoint,
             memory_limit=None if memory is None else int(memory * 2**30),
+            forbidden=settings.forbidden,
         )
         if settings.warm_up:
             warm_up(pipeline)

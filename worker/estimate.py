@@ -10,12 +10,12 @@ from jobs.job import Phase
 # clock there is `eta`.
 SPANS = {Phase.ENCODING: (0.0, 0.02), Phase.DENOISING: (0.02, 0.9), Phase.DECODING: (0.9, 0.98)}
 PUBLISHING_PROGRESS = 0.98
-Shape = tuple[int, int, int]  # width, height, frames
+Shape = tuple[int, int, int, str]  # width, height, frames, quality preset
 
 
 def shape_of(request: GenerationRequest) -> Shape:
     """What decides a step's and a decode's time."""
-    return (*request.size, request.frame_num)
+    return (*request.size, request.frame_num, request.quality)
 
 
 @dataclass

@@ -1,10 +1,11 @@
 """The JSON beside each video: everything needed to make it again."""
 
 import platform
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from engine.config import ModelSpec
+from engine.config import ModelSpec, Work
 from jobs.job import Job, jsonable
 from worker.build import Ranks
 from worker.plan import NodePlan
@@ -13,9 +14,9 @@ PACKAGES = ("reelserve", "torch", "transformers", "triton", "numpy", "ray")
 
 
 def manifest_of(
-    job: Job, spec: ModelSpec, mesh: Ranks, plan: NodePlan, seconds: dict[str, float]
+    job: Job, spec: ModelSpec, mesh: Ranks, plan: NodePlan, seconds: dict[str, float], work: Work
 ) -> dict[str, Any]:
-    """Request, model, versions, layout and timings (seconds per phase) of one finished attempt."""
+    """Request, model, versions, layout, timings (seconds per phase) and work of one finished attempt."""
     return {
         "schema": 1,
         "job": job.id,
@@ -29,6 +30,7 @@ def manifest_of(
             "boundary": spec.boundary,
             "fps": spec.fps,
         },
+        "work": asdict(work),
         "layout": {"ranks": mesh.size, "guidance": mesh.guidance, "ulysses": mesh.ulysses},
         "device": _device(plan),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},

@@ -24,6 +24,7 @@ from worker.group import GroupBroken, RankGroup
 from worker.lease import tell
 from worker.logs import join_logs
 from worker.plan import NodePlan, NodeStatus
+from worker.presets import preset_cards
 from worker.publish import Finished, Publisher
 from worker.reports import BadModel
 from worker.spool import Spool
@@ -190,6 +191,7 @@ def model_card(spec: ModelSpec, name: str | None) -> ModelCard:
         default_sampling_steps=spec.sampling_steps,
         default_guide_scale=spec.guide_scale,
         loras=list(spec.loras),
+        presets=preset_cards(spec),
     )
 
 

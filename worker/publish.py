@@ -17,6 +17,7 @@ from jobs.timings import Timings
 from worker.drain import Drain
 from worker.estimate import PUBLISHING_PROGRESS
 from worker.lease import Lease, tell
+from worker.presets import made
 from worker.spent import spent
 from worker.spool import Spool
 from worker.video import POSTER, VIDEO, VideoFacts, read_facts
@@ -123,6 +124,7 @@ class Publisher:
             sha256=facts.sha256,
             seconds=facts.seconds | upload,
             **spent(facts, self._store.settings.node_price_per_hour),
+            **made(facts),
         )
 
     def _put(self, job: Job, key: str, path: Path, content_type: str, lease: Lease) -> None:

@@ -98,7 +98,8 @@ class Rank:
         except BaseException:
             sink.abort()
             raise
-        manifest = manifest_of(job, self._pipeline.spec, self._pipeline.mesh, self.plan, result.seconds)
+        pipeline = self._pipeline
+        manifest = manifest_of(job, pipeline.spec, pipeline.mesh, self.plan, result.seconds, result.work)
         self._written[folder] = _Written(sink, result.seconds, manifest)
 
 

@@ -30,4 +30,5 @@ def engine_request(job: Job, folder: Path, storage: ObjectStore) -> GenerationRe
         negative_prompt=asked.negative_prompt,
         image=image,
         loras=tuple(LoraUse(lora.name, lora.strength, lora.expert) for lora in asked.loras),
+        quality=asked.quality,
     )

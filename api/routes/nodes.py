@@ -6,6 +6,7 @@ from fastapi import APIRouter
 
 from api import problem as p
 from api.auth import AdminKey, Authenticated, ReadKey, ServicesDep
+from api.preset_views import preset_views
 from api.problem import documented
 from api.routes.jobs import COMMON
 from api.schemas import KeyOut, ModelList, ModelOut, NodeList, NodeOut
@@ -48,7 +49,7 @@ def live_models(svc: Services) -> frozenset[str]:
     return frozenset(serving & {card.name for card in svc.nodes.models()})
 
 
-def model_view(card: ModelCard, live: bool) -> ModelOut:
+def model_view(svc: Services, card: ModelCard, live: bool) -> ModelOut:
     """A model card as clients see it."""
     return ModelOut(
         id=card.name,
@@ -60,6 +61,7 @@ def model_view(card: ModelCard, live: bool) -> ModelOut:
         max_sampling_steps=card.max_sampling_steps,
         sample_solvers=card.sample_solvers,
         loras=card.loras,
+        presets=preset_views(svc, card),
         defaults={
             "size": card.default_size,
             "frame_num": card.default_frame_num,
@@ -75,7 +77,7 @@ def model_view(card: ModelCard, live: bool) -> ModelOut:
 def models(svc: ServicesDep, key: ReadKey) -> ModelList:
     """Every model that a node has announced, with its sizes, limits and defaults."""
     live = live_models(svc)
-    return ModelList(data=[model_view(card, card.name in live) for card in svc.nodes.models()])
+    return ModelList(data=[model_view(svc, card, card.name in live) for card in svc.nodes.models()])
 
 
 @router.get("/nodes", response_model=NodeList, summary="List nodes", responses=documented(*COMMON))

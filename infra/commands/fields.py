@@ -34,6 +34,9 @@ Loras = Annotated[
     list[str] | None,
     typer.Option(help="A LoRA of the model's folder; repeatable.", metavar="NAME[:STRENGTH[:EXPERT]]"),
 ]
+Quality = Annotated[
+    str | None, typer.Option(help="A preset of the model's: 8bit, 8bit-cache or draft; else lossless.")
+]
 Image = Annotated[Path | None, typer.Option(help="Image to start from, for models that take one.")]
 
 

@@ -37,6 +37,7 @@ def run(
     seed: fields.Seed = None,
     sample_solver: fields.SampleSolver = None,
     loras: fields.Loras = None,
+    quality: fields.Quality = None,
     lora_dir: Annotated[
         Path | None, typer.Option(help="LoRAs' folder; else the checkpoint's loras/.")
     ] = None,
@@ -75,6 +76,7 @@ def run(
         seed=seed,
         sample_solver=sample_solver.value if sample_solver else None,
         loras=uses,
+        quality=quality,
         lora_dir=lora_dir,
         verify=verify,
         gpu_memory=None if gpu_memory_gib is None else int(gpu_memory_gib * 2**30),

@@ -9,11 +9,13 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
 from jobs.client import RedisClient
 from jobs.job import JobError, NewJob, Phase
 from jobs.keys import Scope
 from jobs.nodes import NodeInfo, NodeRegistry
+from jobs.quality import PresetCard
 from jobs.settings import Settings
 from jobs.storage import ObjectStore
 from jobs.store import JobStore
@@ -47,6 +49,7 @@ def test_submit_fills_in_the_models_defaults(client: httpx.Client) -> None:
         "sample_solver": "unipc",
         "image": None,
         "loras": [],
+        "quality": "lossless",
     }
     assert job["metadata"] == {"ref": "a"}
 
@@ -64,6 +67,62 @@ def test_loras_come_back_with_their_defaults(client: httpx.Client, redis: RedisC
     assert "ink" in refused.json()["errors"][0]["expected"]
 
 
+PRESETS = [
+    PresetCard(name="lossless"),
+    PresetCard(name="8bit", summary="8 bits"),
+    PresetCard(name="8bit-cache", refused="no calibrated settings"),
+    PresetCard(name="draft", sampling_steps=2, guide_scale=(1.0, 1.0)),
+]
+
+
+def test_presets_are_listed_with_their_seconds_and_asked_for(
+    client: httpx.Client, redis: RedisClient, store: JobStore, settings: Settings
+) -> None:
+    NodeRegistry(redis).publish_model(card(presets=PRESETS))
+    asked = client.post("/v1/jobs", json={"prompt": PROMPT, "quality": "8bit"}).json()
+    assert asked["request"]["quality"] == "8bit"
+    draft = client.post("/v1/jobs", json={"prompt": PROMPT, "quality": "draft"}).json()["request"]
+    assert (draft["sampling_steps"], draft["guide_scale"]) == (2, [1.0, 1.0])
+    refused = client.post("/v1/jobs", json={"prompt": PROMPT, "quality": "8bit-cache"})
+    assert refused.status_code == 422
+    [error] = refused.json()["errors"]
+    assert (error["field"], error["got"]) == ("quality", "'8bit-cache'")
+    assert error["expected"] == "one of lossless, 8bit, draft; 8bit-cache: no calibrated settings"
+    Timings(redis).learn(new_job().request, {"denoising": 8.0, "decoding": 2.0})
+    fast = new_job().request.model_copy(update={"quality": "8bit"})
+    Timings(redis).learn(fast, {"denoising": 3.0, "decoding": 2.0})
+    listed = {preset["name"]: preset for preset in client.get("/v1/models").json()["data"][0]["presets"]}
+    assert list(listed) == ["lossless", "8bit", "8bit-cache", "draft"]
+    assert [listed[name]["expected_seconds"] for name in listed] == [10.0, 5.0, None, None]
+    assert (listed["8bit-cache"]["offered"], listed["8bit-cache"]["reason"]) == (
+        False,
+        "no calibrated settings",
+    )
+    assert (listed["draft"]["offered"], listed["draft"]["reason"]) == (True, None)
+    assert listed["draft"]["defaults"] == {"sampling_steps": 2, "guide_scale": [1.0, 1.0]}
+
+
+def test_an_operator_forbids_presets(
+    settings: Settings, client_for: Callable[..., httpx.Client], redis: RedisClient
+) -> None:
+    NodeRegistry(redis).publish_model(card(presets=PRESETS))
+    strict = settings.model_copy(update={"forbidden_presets": "8bit, lossless"})
+    with serve(strict) as strictly:
+        client = client_for(url=strictly.url)
+        for body in ({"quality": "8bit"}, {}):
+            answer = client.post("/v1/jobs", json={"prompt": PROMPT, **body})
+            assert answer.status_code == 422
+            assert "forbidden by the operator" in answer.json()["errors"][0]["expected"]
+        assert client.post("/v1/jobs", json={"prompt": PROMPT, "quality": "draft"}).status_code == 202
+        presets = client.get("/v1/models").json()["data"][0]["presets"]
+        assert [preset["offered"] for preset in presets] == [False, False, False, True]
+
+
+def test_a_forbidden_preset_must_exist() -> None:
+    with pytest.raises(ValidationError, match="got 4bit, expected some of lossless, 8bit"):
+        Settings(forbidden_presets="8bit,4bit")
+
+
 def test_submit_keeps_every_field(client: httpx.Client) -> None:
     sent = {
         "prompt": PROMPT,
@@ -79,7 +138,13 @@ def test_submit_keeps_every_field(client: httpx.Client) -> None:
     }
     extra = {"priority": "low", "deadline_seconds": 60, "webhook_events": ["job.failed", "job.started"]}
     job = client.post("/v1/jobs", json={**sent, **extra}).json()
-    assert job["request"] == {**sent, "guide_scale": [2.5, 2.5], "image": None, "loras": []}
+    assert job["request"] == {
+        **sent,
+        "guide_scale": [2.5, 2.5],
+        "image": None,
+        "loras": [],
+        "quality": "lossless",
+    }
     assert job["priority"] == "low"
     assert job["webhook_events"] == ["job.failed", "job.started"]
     assert job["deadline_at"] is not None

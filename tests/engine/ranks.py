@@ -20,6 +20,7 @@ from torch import Tensor
 
 from engine import fused, tiny
 from engine.attention import Overlap
+from engine.cache import StepCache
 from engine.conditioning import Conditioning
 from engine.config import Canceled, Progress, VAEConfig
 from engine.errors import CheckpointError, RankLost
@@ -27,6 +28,7 @@ from engine.load import load_pipeline
 from engine.parallel import watch
 from engine.parallel.mesh import Mesh
 from engine.pipeline import Pipeline
+from engine.presets import Reuse
 from engine.requests import resolve
 from engine.text_encoder import TextEncoder
 from engine.tracker import Tracker
@@ -79,6 +81,20 @@ def case_latents(pipeline: Pipeline, grid: tuple[int, int, int]) -> Tensor:
     tracker = Tracker(pipeline.mesh, pipeline.device)
     with pipeline.mesh.working(), torch.inference_mode():
         return pipeline.denoise(request, text, noise, Conditioning((0, 0)), tracker)
+
+
+def cached_latents(pipeline: Pipeline) -> Tensor:
+    """Twelve steps of which some are reused, as are some guidances; what was done is appended, as numbers."""
+    rule = Reuse(step_threshold=0.25, guidance_threshold=0.6, max_reuse=2, first=1, last=1)
+    request = resolve(pipeline.spec, "-", sampling_steps=12, shift=3.0, guide_scale=(2.0, 3.0), seed=1)
+    generator = torch.Generator().manual_seed(4)
+    text = torch.randn(2, 512, pipeline.spec.dit.text_dim, generator=generator)
+    noise = torch.randn(16, *FUSED_GRID, generator=generator)
+    tracker, cache = Tracker(pipeline.mesh, pipeline.device), StepCache(pipeline, rule, 12)
+    with pipeline.mesh.working(), torch.inference_mode():
+        latents = pipeline.denoise(request, text, noise, Conditioning((0, 0)), tracker, cache)
+    done = torch.tensor([float(cache.steps_reused), float(cache.guidance_reused)])
+    return torch.cat((latents.flatten(), done))
 
 
 def fused_latents(pipeline: Pipeline) -> Tensor:
@@ -193,6 +209,8 @@ def run_world(rank: int, world: int, folder: Path, checkpoint: Path) -> None:
         pipeline = load_pipeline(checkpoint, mesh=mesh, device="cpu")
         for grid in GRIDS:
             found[f"{layout} {grid_name(grid)}"] = case_latents(pipeline, grid)
+        if world == 2:
+            found[f"{layout} cached"] = cached_latents(pipeline)
         for name in VARIANTS[world] if ulysses > 1 else ():
             transport, overlap = FUSED[name]
             other = Mesh.init(guidance=guidance, ulysses=ulysses, transport=transport, overlap=overlap)

@@ -26,6 +26,7 @@ from tests.engine.ranks import (
     LOSSES,
     VAES,
     VARIANTS,
+    cached_latents,
     case_latents,
     environment,
     fused_latents,
@@ -102,6 +103,16 @@ def test_every_transport_and_overlap_makes_the_latents_of_one_rank(
     ranks: Path, alone: Pipeline, layout: str, variant: str
 ) -> None:
     expect_equal(found(ranks, WORLDS[layout])[f"{layout} {variant}"], fused_latents(alone))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[2])
+def test_every_layout_reuses_the_same_steps(ranks: Path, alone: Pipeline, layout: str) -> None:
+    got, expected = found(ranks, 2)[f"{layout} cached"], cached_latents(alone)
+    steps, guidance = expected[-2:].tolist()
+    assert steps > 0
+    assert guidance > 0
+    assert torch.equal(got[-2:], expected[-2:])
+    expect_equal(got[:-2], expected[:-2])
 
 
 @pytest.mark.parametrize(("kind", "rows", "columns"), VAES)

@@ -60,6 +60,7 @@ def test_shapes_are_bounded_and_nonsense_is_not_learned(timings: Timings) -> Non
     timings.learn(video_request(model="new"), {})
     assert timings.of("new").mean is None
     assert shape_of(video_request()) == "64*48:5"
+    assert shape_of(video_request(quality="8bit")) == "64*48:5:8bit"
 
 
 def submit(store: JobStore, count: int) -> list[Job]:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from jobs.errors import FieldProblem, InvalidRequest
 from jobs.job import VideoRequest
+from jobs.quality import PresetCard
 from jobs.requests import SEED_MAX, VideoRequestIn, parse_and_resolve, resolve
 from tests.support.jobs import card
 
@@ -202,3 +203,43 @@ def test_wrong_loras_are_named(loras: object, field: str) -> None:
 def test_a_model_without_loras_says_so() -> None:
     with pytest.raises(InvalidRequest, match="tiny has no LoRAs"):
         parse_and_resolve(PLAIN | {"loras": [{"name": "style"}]}, CARD)
+
+
+PRESETS = [
+    PresetCard(name="lossless"),
+    PresetCard(name="8bit", refused="needs a GPU"),
+    PresetCard(name="draft", sampling_steps=2, shift=3.0, guide_scale=(1.0, 1.0)),
+]
+
+
+def test_a_preset_brings_its_defaults() -> None:
+    known = card(presets=PRESETS)
+    draft = parse_and_resolve(PLAIN | {"quality": "draft"}, known)
+    assert (draft.quality, draft.sampling_steps, draft.shift, draft.guide_scale) == (
+        "draft",
+        2,
+        3.0,
+        (1.0, 1.0),
+    )
+    assert parse_and_resolve(PLAIN | {"quality": "draft", "sampling_steps": 3}, known).sampling_steps == 3
+    plain = parse_and_resolve(PLAIN, known)
+    assert (plain.quality, plain.sampling_steps) == ("lossless", 4)
+    assert parse_and_resolve(PLAIN, card()).quality == "lossless"  # the card of an older node
+
+
+@pytest.mark.parametrize(
+    ("asked", "presets", "expected"),
+    [
+        ("8bit", PRESETS, "one of lossless, draft; 8bit: needs a GPU"),
+        ("8bit", [], "one of lossless"),
+        ("best", PRESETS, "one of lossless, draft"),
+        ("", PRESETS, "one of lossless, draft"),
+        (None, [PresetCard(name="lossless", refused="forbidden")], "one of none; lossless: forbidden"),
+    ],
+)
+def test_a_preset_that_is_not_offered_is_refused_with_the_reason(
+    asked: str | None, presets: list[PresetCard], expected: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_and_resolve(PLAIN | {"quality": asked}, card(presets=presets))
+    assert [(p.field, p.expected) for p in caught.value.problems] == [("quality", expected)]

@@ -3,14 +3,16 @@
 import json
 from typing import Any
 
-from jobs.job import LATER, SCHEMA, Lora, VideoRequest
+from jobs.job import LATER, SCHEMA, Lora, ModelCard, VideoRequest, VideoResult, jsonable
+from jobs.quality import listed
 from tests.jobs.conftest import MakeStore
-from tests.support.jobs import new_job, video_request
+from tests.support.jobs import card, new_job, result, video_request
 
 FIRST = {  # a request's fields in schema 1; a later one belongs into LATER
     "prompt", "negative_prompt", "model", "size", "frame_num", "shift", "sampling_steps", "guide_scale",
     "seed", "sample_solver", "image",
 }  # fmt: skip
+NEW_IN_RESULTS = {"quality", "steps_computed", "steps_reused", "guidance_reused"}
 
 
 def test_every_later_field_has_its_schema() -> None:
@@ -32,12 +34,23 @@ def test_a_job_without_later_fields_is_an_older_nodes(make_store: MakeStore) -> 
 
 def test_a_job_with_a_later_field_waits_for_a_newer_node(make_store: MakeStore) -> None:
     store = make_store()
-    request = video_request(loras=(Lora(name="ink"),))
-    job, _ = store.submit(new_job(request=request))
-    assert store.claim("tiny", "old", schema=1) is None
-    taken = store.claim("tiny", "new")
-    assert taken is not None
-    assert (taken.id, taken.schema_, taken.request) == (job.id, 2, request)
+    for schema, request in (
+        (2, video_request(loras=(Lora(name="ink"),))),
+        (3, video_request(quality="8bit")),
+    ):
+        job, _ = store.submit(new_job(request=request))
+        assert store.claim("tiny", "old", schema=schema - 1) is None
+        taken = store.claim("tiny", "new")
+        assert taken is not None
+        assert (taken.id, taken.schema_, taken.request) == (job.id, schema, request)
+
+
+def test_a_result_and_a_card_of_an_older_node_are_read() -> None:
+    old = {name: value for name, value in jsonable(result()).items() if name not in NEW_IN_RESULTS}
+    assert VideoResult.model_validate(old).steps_computed is None
+    assert VideoResult.model_validate(old).quality == "lossless"
+    of_card = {name: value for name, value in jsonable(card()).items() if name != "presets"}
+    assert [preset.name for preset in listed(ModelCard.model_validate(of_card).presets)] == ["lossless"]
 
 
 def test_a_job_of_a_newer_api_is_shown_and_not_run(make_store: MakeStore) -> None:
