@@ -12,7 +12,7 @@ dtype of their weights. Facts: the official `wan/modules/model.py` (Wan-Video/Wa
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -116,8 +116,29 @@ class CrossAttention(Attention):
         return linear(self.o, sequence.cross_attention(q_BLNK, k_BTNK, v_BTNK).flatten(2))
 
 
+class Numbers(Protocol):
+    """What may run a block instead of its own formulas, in other numbers; see `engine.eight_bit`."""
+
+    def run(
+        self,
+        block: "Block",
+        stream: fused.Stream,
+        e_BS6D: Tensor,
+        split: int,
+        rope: tuple[Tensor, Tensor],
+        text_kv: tuple[Tensor, Tensor],
+        sequence: Sequence,
+        length: int,
+        lane: int,
+    ) -> Generator[None, None, None]:
+        """As `engine.fused.run_block`."""
+        ...
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention, feed-forward, each added to the fp32 residual stream."""
+
+    eight: Numbers | None = None  # set while the block computes in 8 bits
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -228,7 +249,8 @@ class DiT(nn.Module):
 
         x_BLD = self.embed_patches(sequence.shard(self.patchify(latents_BCFHW), 1))
         time_BSD, e_BS6D = self.embed_time(timesteps_BS)
-        fast = fused.applies(self._blocks()[0].self_attn.o.weight)
+        first = self._blocks()[0].self_attn.o.weight
+        fast = fused.applies(first) or any(block.eight is not None for block in self._blocks())
 
         def run_blocks(x_BLD: Tensor) -> fused.Stream:
             blocks = self.visit_blocks(forward=True)
@@ -241,8 +263,7 @@ class DiT(nn.Module):
         if around is None:
             stream = run_blocks(x_BLD)
         else:
-            dtype = self._blocks()[0].self_attn.o.weight.dtype
-            stream = fused.Stream(around(x_BLD, lambda x: run_blocks(x).joined(split), dtype))
+            stream = fused.Stream(around(x_BLD, lambda x: run_blocks(x).joined(split), first.dtype))
         if fast:
             patches_BLP = fused.head(self.head, stream, time_BSD, split)
         else:

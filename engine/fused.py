@@ -9,8 +9,8 @@ Shapes: B batch, L tokens here, D model width, S timestep sets, k features of so
 of a product.
 """
 
-from collections.abc import Generator, Iterable
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Generator, Iterable
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from engine.dit import Block, CrossAttention, Head, SelfAttention, TextKV
 
 DONE: Final = object()
+Copy = TypeVar("Copy")  # of the residual stream: a tensor, or what stands for one in 8 bits
 SEND_ORDER: "tuple[QKV, ...]" = ("v", "q", "k")
 HALF = (torch.bfloat16, torch.float16)
 
@@ -155,11 +156,22 @@ class Stream:
 
     def read(self, norm: Norm, dtype: torch.dtype) -> Tensor:
         """The stream's normalised copy as `dtype`, after the pending branch joined it."""
+        return self.take(
+            lambda x_BLD: normalize(x_BLD, norm, dtype),
+            lambda x_BLD, y_BLD, gate_BSD: add_normalize(x_BLD, y_BLD, gate_BSD, norm, dtype),
+        )
+
+    def take(
+        self,
+        plain: Callable[[Tensor], Copy],
+        joining: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Copy]],
+    ) -> Copy:
+        """What `plain` makes of the stream; where a branch is pending `joining` also gives the new stream."""
         if self.pending is None:
-            return normalize(self.x_BLD, norm, dtype)
-        self.x_BLD, y_BLD = add_normalize(self.x_BLD, self.pending, self._gate, norm, dtype)
+            return plain(self.x_BLD)
+        self.x_BLD, copy = joining(self.x_BLD, self.pending, self._gate)
         self.pending = self._gate = None
-        return y_BLD
+        return copy
 
     def joined(self, split: int) -> Tensor:
         """The stream with the pending branch in it, [B, L, D]; stays readable."""
@@ -197,6 +209,9 @@ def run_block(
     lane: int = 0,
 ) -> Generator[None, None, None]:
     """One block's three branches; the last is left pending on the stream. Stops as `self_attention` does."""
+    if block.eight is not None:
+        yield from block.eight.run(block, stream, e_BS6D, split, rope, text_kv, sequence, length, lane)
+        return
     dtype = block.self_attn.o.weight.dtype
     vectors_6BSD = (block.modulation.float() + e_BS6D).permute(2, 0, 1, 3).contiguous()
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = vectors_6BSD.unbind(0)

@@ -80,6 +80,8 @@ def load_pipeline(
     mesh.meet()
     pipeline = Pipeline(spec, text_encoder, high, low, vae, mesh, device, self_attend, cross_attend)
     pipeline.exchange = exchange
+    room = plan.available - plan.total
+    pipeline.eight.keep(room if plan.step < RUNGS.index("shard") else 0, dit_config)
     pipeline.branches_in_turn = plan.step >= RUNGS.index("branches")
     pipeline.loras = Loras(lora_folder, high, low, mesh)
     return pipeline

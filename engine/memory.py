@@ -26,6 +26,7 @@ from engine.images import size_by_area
 from engine.parallel.frames import best_axis, stripes
 from engine.parallel.mesh import Mesh
 from engine.parallel.push import LANES, REGIONS
+from engine.preset_memory import preset_rows
 from engine.weights import Entry
 
 GIB = 2**30
@@ -170,6 +171,7 @@ def make_plan(
         ("text keys and values (of one expert at a time)", kv),
         ("communication buffers", _communication(spec, mesh, rows_at_once, dtype, on_gpu)),
         ("libraries' workspace", LIBRARIES if on_gpu else 0),
+        *preset_rows(spec, local_tokens(spec, mesh), 2 if both else 1, rows_at_once, dtype),
     ]
     if text_on_cpu and mesh.rank == 0:
         host += sizes.text

@@ -25,6 +25,7 @@ from engine.config import (
     Work,
 )
 from engine.dit import DiT, TextKV
+from engine.eight_bit import EightBitMode
 from engine.errors import OutOfMemory, RequestError
 from engine.frame_writer import FrameWriter
 from engine.lora import Loras, distilled
@@ -61,6 +62,7 @@ class Pipeline:
         self.sequence = mesh.sequence(attend, cross_attend)
         self.loras: Loras | None = None  # None: no request may name any
         self.exchange: ExpertExchange | None = None  # where one expert is in host memory
+        self.eight = EightBitMode(self, attend, cross_attend or attend, keep_weights=False)
         self.branches_in_turn = False  # whether a rank that makes both branches makes them one by one
 
     def generate(
@@ -85,9 +87,10 @@ class Pipeline:
                     self.use_loras(request)
                     text_2TE = self.encode(request)
                     image = make_conditioning(request, self.spec, self.vae, self.mesh.space)
-                with tracker.phase("denoising"):
+                preset = self.preset(request)
+                with tracker.phase("denoising"), self.eight.using(preset):
                     noise_CFHW = self.noise(request, image.size)
-                    cache = make_cache(self, self.preset(request), request.sampling_steps)
+                    cache = make_cache(self, preset, request.sampling_steps)
                     latents_CFHW = self.denoise(request, text_2TE, noise_CFHW, image, tracker, cache)
                 if latents_out is not None and self.mesh.rank == 0:
                     save_file({"latents": latents_CFHW.float().cpu().contiguous()}, latents_out)

@@ -26,10 +26,9 @@ P = TypeVar("P")
 
 @dataclass(frozen=True)
 class EightBit:
-    """Which parts compute in 8 bits. Embeddings, time MLPs, norms and the head never do."""
+    """Which blocks compute their six matrix products in e4m3. Embeddings, norms and the head never do."""
 
     keep_blocks: tuple[int, ...] = (0, -1)  # blocks that stay in the weights' dtype; -1 is the last
-    products: bool = True  # the six matrix products of a block, in e4m3
     attention: bool = True  # self-attention: q k^T in int8, P V in e4m3
 
     def keeps(self, block: int, blocks: int) -> bool:

@@ -9,7 +9,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -19,20 +20,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine import fused, tiny
-from engine.attention import Overlap
+from engine.attention import Overlap, sdpa
 from engine.cache import StepCache
 from engine.conditioning import Conditioning
 from engine.config import Canceled, Progress, VAEConfig
+from engine.eight_bit import EightBitMode
 from engine.errors import CheckpointError, RankLost
 from engine.load import load_pipeline
 from engine.parallel import watch
 from engine.parallel.mesh import Mesh
 from engine.pipeline import Pipeline
-from engine.presets import Reuse
+from engine.presets import EightBit, Preset, Reuse
 from engine.requests import resolve
 from engine.text_encoder import TextEncoder
 from engine.tracker import Tracker
 from engine.vae import VAE
+from kernels import attention_8bit
+from kernels.fp8_gemm import Rows
+from kernels.fp8_gemm import reference as fp8_reference
 from tests.engine.sinks import Frames
 
 LAYOUTS = {2: ("2x1", "1x2"), 4: ("2x2", "1x4"), 8: ("2x4", "1x8")}
@@ -81,6 +86,29 @@ def case_latents(pipeline: Pipeline, grid: tuple[int, int, int]) -> Tensor:
     tracker = Tracker(pipeline.mesh, pipeline.device)
     with pipeline.mesh.working(), torch.inference_mode():
         return pipeline.denoise(request, text, noise, Conditioning((0, 0)), tracker)
+
+
+@contextmanager
+def exact_eights(pipeline: Pipeline) -> Iterator[None]:
+    """Every block by the 8-bit path with numbers that aren't rounded: its formulas must be the others'."""
+
+    def unrounded(x: Tensor) -> Rows:
+        return Rows(x.float(), x.new_ones(x.shape[:-1], dtype=torch.float32))
+
+    preset = Preset("8bit", "", EightBit(keep_blocks=()))
+    with (
+        mock.patch.object(fp8_reference, "quantize_rows", unrounded),
+        mock.patch.object(attention_8bit, "attention", sdpa),
+        pipeline.eight.using(preset),
+    ):
+        yield
+
+
+def eight_bit_latents(pipeline: Pipeline) -> Tensor:
+    """As `case_latents`, by blocks in 8 bits without their rounding."""
+    pipeline.eight = EightBitMode(pipeline, sdpa, sdpa, keep_weights=False)
+    with exact_eights(pipeline):
+        return case_latents(pipeline, FUSED_GRID)
 
 
 def cached_latents(pipeline: Pipeline) -> Tensor:
@@ -217,6 +245,8 @@ def run_world(rank: int, world: int, folder: Path, checkpoint: Path) -> None:
             pipeline.mesh, pipeline.sequence = other, other.sequence()
             assert ("shared" in name) == ("shared" in other.transport.name)
             found[f"{layout} {name}"] = fused_latents(pipeline)
+            if world == 2:
+                found[f"{layout} {name} 8bit"] = eight_bit_latents(pipeline)
             other.watch.close()
         pipeline.mesh, pipeline.sequence = mesh, mesh.sequence()
     for kind, rows, columns in VAES:

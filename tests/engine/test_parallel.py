@@ -20,6 +20,7 @@ from engine.vae_blocks import WholeFrame
 from tests.engine.oracle import relative
 from tests.engine.ranks import (
     CHECKS,
+    FUSED_GRID,
     GRIDS,
     LAYOUTS,
     LIMIT_SECONDS,
@@ -103,6 +104,11 @@ def test_every_transport_and_overlap_makes_the_latents_of_one_rank(
     ranks: Path, alone: Pipeline, layout: str, variant: str
 ) -> None:
     expect_equal(found(ranks, WORLDS[layout])[f"{layout} {variant}"], fused_latents(alone))
+
+
+@pytest.mark.parametrize("variant", VARIANTS[2])
+def test_blocks_in_8_bits_use_every_transport_and_overlap(ranks: Path, alone: Pipeline, variant: str) -> None:
+    expect_equal(found(ranks, 2)[f"1x2 {variant} 8bit"], case_latents(alone, FUSED_GRID))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[2])

@@ -5,12 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.config import LoraUse
 from engine.errors import CheckpointError, RequestError
 from engine.load import load_pipeline
 from engine.lora import distilled
 from engine.pipeline import Pipeline
+from engine.preset_memory import preset_rows
 from engine.presets import CACHED, DRAFT, EIGHT_BIT, LOSSLESS, NAMES, EightBit, Machine, Preset, find, offers
 from engine.requests import check, resolve
 from engine.tiny import make_tiny
@@ -57,7 +59,7 @@ def test_what_a_model_says_is_offered_where_the_machine_can() -> None:
 
 def test_the_parts_are_what_reel_json_says() -> None:
     by_name = {p.name: p for p in offers(TOLD, Machine(loras=["fast"]))}
-    assert by_name[EIGHT_BIT].eight_bit == EightBit((0, -1), True, True)
+    assert by_name[EIGHT_BIT].eight_bit == EightBit((0, -1), True)
     assert by_name[EIGHT_BIT].reuse is None
     cached = by_name[CACHED]
     assert cached.eight_bit == EightBit()
@@ -138,3 +140,19 @@ def test_draft_makes_its_few_steps_with_its_loras(tmp_path: Path) -> None:
 
 def find_summary(pipeline: Pipeline) -> str:
     return next(p.summary for p in pipeline.spec.presets if p.name == "8bit")
+
+
+def test_the_memory_plan_knows_what_is_offered(pipeline: Pipeline) -> None:
+    def rows(told: dict) -> dict[str, int]:
+        spec = replace(pipeline.spec, presets=offers(told, Machine()))
+        return dict(preset_rows(spec, 1000, 2, 1, torch.bfloat16))
+
+    dim, ffn = pipeline.spec.dit.dim, pipeline.spec.dit.ffn_dim
+    assert rows({}) == {}
+    eight = 1000 * (ffn + dim) + 6 * dim * dim + 2 * dim * ffn
+    assert rows({"8bit": {}}) == {"8-bit operands": eight}
+    residuals = 2 * 1000 * dim * 2
+    assert rows({"8bit-cache": {}}) == {
+        "residuals kept from step to step": residuals,
+        "8-bit operands": eight,
+    }

@@ -1,0 +1,30 @@
+"""What a product in 8 bits works on: e4m3 values with one fp32 scale a row."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = 448.0  # of e4m3
+
+
+@dataclass(frozen=True)
+class Rows:
+    """x = data * scale: activations with a scale a token, or a weight with a scale an output channel."""
+
+    data: Tensor  # [..., K] e4m3, contiguous
+    scale: Tensor  # [...] fp32, the row's largest magnitude / 448 (1 for a row of zeros)
+
+    @property
+    def width(self) -> int:
+        """K, the features that a product sums over."""
+        return self.data.shape[-1]
+
+    def rows(self, part: slice) -> "Rows":
+        """Some of a weight's output channels; a view."""
+        return Rows(self.data[part], self.scale[part])
+
+    def float(self) -> Tensor:
+        """The values, fp32."""
+        return self.data.float() * self.scale[..., None]
