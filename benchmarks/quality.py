@@ -5,13 +5,15 @@
 Every held-out caption is generated once, caption i with seed i, by the engine's own pipeline; nothing is
 picked. A classifier that saw only drawn clips reads colour, shape and motion off the frames. It is itself
 measured on the same scenes, drawn and sent through the VAE. Results are appended to a file beside --out,
-so that a run that was cut off goes on where it ended.
+so that a run that was cut off goes on where it ended. With `--presets all` it compares the model's quality
+presets with lossless instead; see `benchmarks.presets`, whose arguments it then takes.
 """
 
 import argparse
 import json
 import multiprocessing
 import os
+import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -145,7 +147,12 @@ def summary(rows: list[Row]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Load, measure, print."""
+    """Load, measure, print; with --presets what each preset loses (`benchmarks.presets`)."""
+    if any(argument.startswith("--presets") for argument in sys.argv[1:]):
+        from benchmarks.presets import main as compare_presets
+
+        compare_presets()
+        return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

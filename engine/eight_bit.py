@@ -201,6 +201,8 @@ class EightBitMode:
         self.pipeline = pipeline
         self.blocks = EightBitBlocks(switch, keep_weights)
         self.sequence = pipeline.mesh.sequence(switch, cross_attend)
+        self._parts: EightBit | None = None  # of the video under way
+        self._now: list[Block] = []
 
     def keep(self, room: int, config: DiTConfig) -> None:
         """Quantise all weights now if they take less than `room` bytes; 0 where blocks come and go.
@@ -228,16 +230,23 @@ class EightBitMode:
         loras = self.pipeline.loras
         self.blocks.refresh(() if loras is None else loras.current)
         self.blocks.attention = parts.attention
-        chosen, plain = self._chosen(parts), self.pipeline.sequence
-        self.pipeline.sequence = self.sequence
-        for block in chosen:
-            block.eight = self.blocks
+        plain, self.pipeline.sequence = self.pipeline.sequence, self.sequence
+        self._parts, self._now = parts, self._chosen(parts)
+        self.at_step(0)
         try:
             yield
         finally:
-            self.pipeline.sequence = plain
-            for block in chosen:
-                block.eight = None
+            self._set(None)
+            self.pipeline.sequence, self._parts, self._now = plain, None, []
+
+    def at_step(self, step: int) -> None:
+        """Before each denoising step: the first ones may be the preset's lossless ones."""
+        if self._parts is not None:
+            self._set(self.blocks if step >= self._parts.first_steps else None)
+
+    def _set(self, numbers: EightBitBlocks | None) -> None:
+        for block in self._now:
+            block.eight = numbers
 
     def _chosen(self, parts: EightBit | None) -> list[Block]:
         """The blocks that a preset computes in 8 bits, of every expert."""

@@ -151,6 +151,7 @@ class Pipeline:
         expert = None
         for step, (t, (chosen, guide)) in enumerate(zip(schedule.timesteps.tolist(), plan, strict=True)):
             tracker.report("denoising", step, schedule.steps)
+            self.eight.at_step(step)
             if chosen is not expert:
                 expert, texts = chosen, {}  # the other expert's text keys and values are done with
             if self.exchange is not None:  # after the last step comes the next video's first

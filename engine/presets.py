@@ -29,6 +29,7 @@ class EightBit:
     """Which blocks compute their six matrix products in e4m3. Embeddings, norms and the head never do."""
 
     keep_blocks: tuple[int, ...] = (0, -1)  # blocks that stay in the weights' dtype; -1 is the last
+    first_steps: int = 0  # so many steps at the beginning are lossless: they decide what the video shows
     attention: bool = True  # self-attention: q k^T in int8, P V in e4m3
 
     def keeps(self, block: int, blocks: int) -> bool:

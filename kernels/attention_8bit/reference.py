@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.fp8_gemm.rows import decode
+
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
 LOG2E = 1.4426950408889634
@@ -76,7 +78,7 @@ def attention(
     q = quantize_blocks(q_BLHK, None, block_m)
     k = quantize_blocks(k_BTHK, mean_over_tokens(k_BTHK), block_n)
     v = quantize_channels(v_BTHK)
-    q_BHLK = q.data.float()
+    q_BHLK, v_BHKT = q.data.float(), decode(v.data)
     of_query = q.scale.repeat_interleave(block_m, 2)[:, :, : q_BHLK.shape[2], None]
     of_query = of_query * (LOG2E * q_BHLK.shape[-1] ** -0.5)
     highest = q_BHLK.new_full((*q_BHLK.shape[:3], 1), -torch.inf)
@@ -88,7 +90,7 @@ def attention(
         now = torch.maximum(highest, scores.amax(-1, keepdim=True))
         p, fade = torch.exp2(scores - now), torch.exp2(highest - now)
         total = total * fade + p.sum(-1, keepdim=True)
-        product = (p * LARGEST).to(E4M3).float() @ v.data[..., here].float().transpose(-1, -2)
+        product = decode((p * LARGEST).to(E4M3)) @ v_BHKT[..., here].transpose(-1, -2)
         out_BHLK, highest = out_BHLK * fade + product, now
     out_BHLK = out_BHLK / (total * LARGEST) * v.scale[:, :, None]
     return out_BHLK.transpose(1, 2).to(q_BLHK.dtype).contiguous()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.fp8_gemm.rows import E4M3, LARGEST, Rows
+from kernels.fp8_gemm.rows import E4M3, LARGEST, Rows, decode
 from kernels.norm_modulate import Norm
 from kernels.norm_modulate.reference import add_gated
 from kernels.norm_modulate.reference import normalize as plain_normalize
@@ -26,7 +26,7 @@ def quantize_rows(x: Tensor) -> Rows:
 
 def linear(x: Rows, weight: Rows, bias_N: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x W^T + bias, [..., N] as `dtype`, rounded once."""
-    product = x.data.float() @ weight.data.float().t() * x.scale[..., None] * weight.scale
+    product = decode(x.data) @ decode(weight.data).t() * x.scale[..., None] * weight.scale
     return (product if bias_N is None else product + bias_N.float()).to(dtype)
 
 

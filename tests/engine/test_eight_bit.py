@@ -69,6 +69,13 @@ def test_kept_blocks_are_not_touched(eight: Pipeline) -> None:
     assert 1e-4 < first < relative(latents(eight, ALL), fused_latents(eight)) * 1.5
 
 
+def test_first_steps_are_lossless(eight: Pipeline) -> None:
+    plain = case_latents(eight, FUSED_GRID)  # three steps
+    assert torch.equal(latents(eight, EightBit((), first_steps=3)), plain)
+    errors = [relative(latents(eight, EightBit((), first_steps=steps)), plain) for steps in (2, 0)]
+    assert 0 < errors[0] < errors[1]
+
+
 def test_lossless_before_and_after_are_one(eight: Pipeline) -> None:
     before = video(eight, "lossless")
     rounded = video(eight, EIGHT_BIT)

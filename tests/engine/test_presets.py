@@ -59,7 +59,7 @@ def test_what_a_model_says_is_offered_where_the_machine_can() -> None:
 
 def test_the_parts_are_what_reel_json_says() -> None:
     by_name = {p.name: p for p in offers(TOLD, Machine(loras=["fast"]))}
-    assert by_name[EIGHT_BIT].eight_bit == EightBit((0, -1), True)
+    assert by_name[EIGHT_BIT].eight_bit == EightBit((0, -1), 0, True)
     assert by_name[EIGHT_BIT].reuse is None
     cached = by_name[CACHED]
     assert cached.eight_bit == EightBit()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels import fp8_gemm
 from kernels.fp8_gemm import Rows, reference
+from kernels.fp8_gemm.rows import decode
 from kernels.norm_modulate import Norm
 from kernels.norm_modulate.reference import add_gated
 from kernels.norm_modulate.reference import normalize as plain_normalize
@@ -125,3 +126,10 @@ def test_output_channels_can_be_taken_apart(seed: int):
     whole = fp8_gemm.linear(x8, w8, None, torch.float32)
     parts = [fp8_gemm.linear(x8, w8.rows(slice(n, n + 10)), None, torch.float32) for n in (0, 10, 20)]
     assert relative_error(torch.cat(parts, -1), whole) < 1e-6
+
+
+def test_every_code_is_decoded():
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    got, want = decode(codes), codes.float()
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got.nan_to_num(1000), want.nan_to_num(1000))
