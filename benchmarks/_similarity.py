@@ -20,10 +20,10 @@ def psnr_db(clip: Tensor, target: Tensor) -> float:
 
 def ssim(clip: Tensor, target: Tensor) -> float:
     """Mean structural similarity of frames and channels (Wang et al. 2004): Gaussian of 11, sigma 1.5."""
-    grid = torch.arange(11.0) - 5
+    grid = torch.arange(11, dtype=torch.float64) - 5  # variances are differences of squares
     line = torch.exp(-grid.square() / (2 * 1.5**2))
     window = torch.outer(line, line)[None, None] / line.sum() ** 2
-    x, y = ((each.transpose(0, 1).flatten(0, 1)[:, None] + 1) / 2 for each in (clip, target))
+    x, y = ((each.transpose(0, 1).flatten(0, 1)[:, None].double() + 1) / 2 for each in (clip, target))
 
     def blur(image: Tensor) -> Tensor:
         return F.conv2d(image, window)

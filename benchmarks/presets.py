@@ -8,14 +8,13 @@ runs, in bf16 and in fp32. The judge also reads whether each clip shows what the
 worst clips of each preset (by PSNR) become a contact sheet beside --out, lossless above, preset below.
 
 A preset may be offered if its PSNR keeps the floor and its share of clips read right is within 2 points of
-lossless. On a CPU 8 bits are emulated exactly but for the order of sums, so the loss is a GPU's and the
-seconds say nothing. Rows are appended to a file beside --out: a run that was cut off goes on.
+lossless. On a CPU 8 bits are emulated, exactly but for the order of sums, so its seconds say nothing. Rows
+are appended to a file beside --out: a run that was cut off goes on.
 """
 
 import argparse
 import json
 import multiprocessing
-import os
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +29,7 @@ from torch import Tensor
 from benchmarks._similarity import feature_distance, psnr_db, ssim
 from benchmarks.quality import Frames
 from engine.config import Work
-from engine.load import load_pipeline
+from engine.load import capability, load_pipeline
 from engine.pipeline import Pipeline
 from engine.presets import CACHED, DRAFT, EIGHT_BIT, LOSSLESS, Machine, offers
 from engine.requests import resolve
@@ -52,12 +51,13 @@ class Setting:
     """What every clip is made with."""
 
     model: Path
-    judge: Path
+    judge: Path | None  # None: clips are compared, not read
     names: tuple[str, ...]  # presets, lossless not among them
     told: str  # JSON instead of reel.json's `presets`; "": reel.json's
     frame_num: int
     side: int
     threads: int
+    device: str
 
 
 class Maker:
@@ -69,13 +69,18 @@ class Maker:
         torch.set_num_threads(setting.threads)
         self.setting = setting
         self.pipelines: dict[str, Pipeline] = {}
+        self.device = torch.device(setting.device)
         for name, dtype in ((LOSSLESS, torch.bfloat16), (OTHER, torch.float32)):
-            self.pipelines[name] = load_pipeline(setting.model, device="cpu", dtype=dtype)
+            self.pipelines[name] = load_pipeline(setting.model, device=self.device, dtype=dtype)
         if setting.told:
-            pipeline = self.pipelines[LOSSLESS]
-            presets = offers(json.loads(setting.told), Machine(loras=pipeline.spec.loras))
-            pipeline.spec = replace(pipeline.spec, presets=presets)
-        self.judge: Classifier = load_classifier(setting.judge)
+            self.offer(json.loads(setting.told))
+        self.judge: Classifier | None = None if setting.judge is None else load_classifier(setting.judge)
+
+    def offer(self, told: Row) -> None:
+        """Have these presets instead of reel.json's."""
+        pipeline = self.pipelines[LOSSLESS]
+        machine = Machine(capability(self.device), pipeline.spec.loras)
+        pipeline.spec = replace(pipeline.spec, presets=offers(told, machine))
 
     @classmethod
     def of(cls, setting: Setting) -> "Maker":
@@ -103,6 +108,7 @@ class Maker:
     def row(self, index: int, scene: Scene, prompt: str) -> Row:
         """All presets of one caption against its lossless clip."""
         found: Row = {"seed": index, "prompt": prompt, "presets": {}}
+        assert self.judge is not None
         target = Tensor()
         for name in (LOSSLESS, OTHER, *self.setting.names):
             clip, work, seconds = self.clip(name, prompt, index)
@@ -216,6 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--frame-num", type=int, default=17)
     parser.add_argument("--side", type=int, default=128)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("out/presets.json"))
     args = parser.parse_args(argv)
     told = (
@@ -229,8 +236,10 @@ def main(argv: list[str] | None = None) -> None:
             f"presets {', '.join(names) or 'none'}: {args.model}/reel.json has {', '.join(told) or 'none'}"
         )
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    threads = max(1, (os.cpu_count() or 1) // args.processes)
-    setting = Setting(args.model, args.judge, names, args.told, args.frame_num, args.side, threads)
+    threads = max(1, torch.get_num_threads() // args.processes)
+    setting = Setting(
+        args.model, args.judge, names, args.told, args.frame_num, args.side, threads, args.device
+    )
     pairs = [(scene, caption.text) for scene, caption in held_out_prompts(args.count)]
     rows = measure(pairs, args.out.with_suffix(".jsonl"), setting, args.processes)
     result = summary(rows, names)

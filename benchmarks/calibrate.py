@@ -1,0 +1,116 @@
+"""Finds a model's settings for `8bit` and `8bit-cache`: the boldest that keep their quality floor.
+
+    python -m benchmarks.calibrate [--model models/demo] [--count 16] [--out out/calibrated.json]
+
+On captions of training's kind, none of which the presets' table is measured on, each ladder is walked from
+the boldest setting down; the first whose mean PSNR to the lossless clips keeps the floor with `MARGIN_DB` to
+spare is taken. `8bit-cache` is calibrated on top of what `8bit` got. Prints the `presets` object for the
+model's reel.json; a preset that no rung can keep is left out, and so is never offered.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks._similarity import psnr_db
+from benchmarks.presets import FLOOR_DB, Maker, Setting
+from engine.presets import CACHED, EIGHT_BIT, LOSSLESS
+from models.demo.train.captions import describe
+from models.demo.train.common import MODEL_DIR
+from models.demo.train.world import sample_scenes
+
+MARGIN_DB = 1.0
+SEED = 7_000  # of scenes and of clips; the table's seeds are 0 and up
+Parts = dict[str, Any]
+
+# Which blocks and first steps stay lossless, the fewest first.
+EIGHTS: tuple[Parts, ...] = (
+    {"keep_blocks": [], "first_steps": 0},
+    {"keep_blocks": [0, -1], "first_steps": 0},
+    {"keep_blocks": [0, -1], "first_steps": 2},
+    {"keep_blocks": [0, -1], "first_steps": 5},
+    {"keep_blocks": [0, 1, -2, -1], "first_steps": 2},
+    {"keep_blocks": [0, 1, -2, -1], "first_steps": 5},
+)
+# The most reuse first.
+REUSES: tuple[Parts, ...] = (
+    {"step_threshold": 0.4, "guidance_threshold": 0.5, "max_reuse": 3, "first": 2, "last": 1},
+    {"step_threshold": 0.25, "guidance_threshold": 0.4, "max_reuse": 2, "first": 2, "last": 1},
+    {"step_threshold": 0.15, "guidance_threshold": 0.4, "max_reuse": 1, "first": 3, "last": 1},
+    {"step_threshold": 0.12, "guidance_threshold": 0.0, "max_reuse": 1, "first": 4, "last": 2},
+    {"step_threshold": 0.1, "guidance_threshold": 0.0, "max_reuse": 1, "first": 5, "last": 3},
+    {"step_threshold": 0.0, "guidance_threshold": 0.35, "max_reuse": 1, "first": 3, "last": 1},
+)
+
+
+class Trial:
+    """The captions, with their lossless clips made once."""
+
+    def __init__(self, maker: Maker, count: int) -> None:
+        self.maker = maker
+        rng = random.Random(SEED)
+        scenes = sample_scenes(count, SEED, "train")
+        self.prompts = [(SEED + i, describe(scene, rng).text) for i, scene in enumerate(scenes)]
+        self.targets: list[Tensor] = [maker.clip(LOSSLESS, prompt, seed)[0] for seed, prompt in self.prompts]
+
+    def decibels(self, name: str, told: Parts) -> tuple[float, float]:
+        """(mean PSNR under these settings, share of steps whose blocks ran)."""
+        self.maker.offer(told)
+        found, computed, steps = [], 0, 0
+        for (seed, prompt), target in zip(self.prompts, self.targets, strict=True):
+            clip, work, _ = self.maker.clip(name, prompt, seed)
+            found.append(psnr_db(clip, target))
+            computed += work.steps_computed
+            steps += work.steps_computed + work.steps_reused
+        return float(np.mean(found)), computed / steps
+
+    def first(self, name: str, rungs: list[Parts]) -> Parts | None:
+        """The first of the settings that keeps the floor with the margin."""
+        for rung in rungs:
+            decibels, computed = self.decibels(name, {name: rung})
+            print(f"{name} {json.dumps(rung)}: {decibels:.2f} dB, {computed:.0%} of the steps", flush=True)
+            if decibels >= FLOOR_DB[name] + MARGIN_DB:
+                return rung
+        print(f"{name}: no setting keeps {FLOOR_DB[name] + MARGIN_DB} dB", flush=True)
+        return None
+
+
+def calibrate(trial: Trial) -> Parts:
+    """The `presets` object."""
+    told: Parts = {}
+    eight = trial.first(EIGHT_BIT, list(EIGHTS))
+    if eight is None:
+        return told
+    told[EIGHT_BIT] = eight
+    cached = trial.first(CACHED, [eight | reuse for reuse in REUSES])
+    return told if cached is None else told | {CACHED: cached}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Walk the ladders and print what was found."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=MODEL_DIR)
+    parser.add_argument("--count", type=int, default=16, help="captions of training's kind")
+    parser.add_argument("--frame-num", type=int, default=17)
+    parser.add_argument("--side", type=int, default=128)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("out/calibrated.json"))
+    args = parser.parse_args(argv)
+    threads = torch.get_num_threads()
+    setting = Setting(args.model, None, (), "", args.frame_num, args.side, threads, args.device)
+    told = calibrate(Trial(Maker(setting), args.count))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(told) + "\n")
+    print(json.dumps({"presets": told}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
