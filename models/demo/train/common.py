@@ -164,13 +164,19 @@ class EMA:
 
 
 class Log:
-    """A loss curve: means over short windows, printed now and then, kept as JSON beside the model."""
+    """A loss curve: means over short windows, printed now and then, kept as JSON beside the model.
 
-    def __init__(self, name: str, folder: Path, every: int = 100) -> None:
+    A run that resumes weights goes on with their curve.
+    """
+
+    def __init__(self, name: str, folder: Path, every: int = 100, resume: bool = False) -> None:
         self.name = name
         self.path = folder / "train" / "curves" / f"{name}.json"
         self.every = every
-        self.rows: list[dict[str, float]] = []
+        before = json.loads(self.path.read_text())["curve"] if resume and self.path.exists() else []
+        self.rows: list[dict[str, float]] = before
+        self.first_step = before[-1]["step"] if before else 0.0
+        self.first_second = before[-1]["seconds"] if before else 0.0
         self.sums: dict[str, Tensor] = {}
         self.count = 0
         self.start = time.monotonic()
@@ -187,7 +193,8 @@ class Log:
         """Close the window."""
         if not self.count:
             return
-        row = {"step": float(step + 1), "seconds": round(time.monotonic() - self.start, 1)}
+        seconds = self.first_second + time.monotonic() - self.start
+        row = {"step": self.first_step + step + 1, "seconds": round(seconds, 1)}
         row |= {key: round(float(total) / self.count, 6) for key, total in self.sums.items()}
         self.rows.append(row)
         self.sums, self.count = {}, 0

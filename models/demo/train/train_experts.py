@@ -92,7 +92,7 @@ class Expert:
             until=args.until,
         )
         self.ema = EMA(model, 0.999)
-        self.log = Log(name, args.out, every=min(500, args.max_steps))
+        self.log = Log(name, args.out, every=min(500, args.max_steps), resume=args.resume)
         self.recorded: dict[torch.Size, Learn] = {}
 
     def prepare(self, clips: Clips, batch: int, empty_TE: Tensor) -> None:

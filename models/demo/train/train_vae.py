@@ -197,7 +197,7 @@ def main() -> None:
     trainer = Trainer(vae, args.device, args.mode == "graph" and args.device == "cuda", args.decoder_only)
     rate = args.lr or (5e-4 if args.resume else 1e-3)
     budget = Budget(trainer.optimizer, rate, args.seconds, args.max_steps, until=args.until)
-    log = Log("vae", args.out, every=min(100, args.max_steps))
+    log = Log("vae", args.out, every=min(100, args.max_steps), resume=args.resume)
     for step in budget.steps():
         log.add(step, **trainer(draw_batch(packed, args.batch or 24, budget.done > WHOLE_FROM)))
         if step % 10 == 9 and args.device == "cuda":
