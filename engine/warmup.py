@@ -65,6 +65,7 @@ def warm_up(pipeline: Pipeline) -> list[Warm]:
                 seen.add(latents.numel())
                 with _Clock(pipeline.device) as clock:
                     _steps(pipeline, latents, size, text_2TE)
+                    _steps_in_8_bits(pipeline, latents, size, text_2TE)
                 denoising = clock.seconds
             with _Clock(pipeline.device) as clock:
                 _frames(pipeline, latents, size)
@@ -102,6 +103,15 @@ def _steps(pipeline: Pipeline, latents: Tensor, size: tuple[int, int], text_2TE:
                 following = experts[(index + 1) % len(experts)]
                 pipeline.exchange.step(expert, following, len(pipeline.passes(2.0)))
             pipeline.flow(expert, 2.0, 500, latents, text_2TE, texts, kind)
+
+
+def _steps_in_8_bits(pipeline: Pipeline, latents: Tensor, size: tuple[int, int], text_2TE: Tensor) -> None:
+    """The same by every preset in 8 bits that is offered: it has kernels of its own."""
+    for preset in pipeline.spec.presets:
+        if preset.eight_bit is not None and not preset.refused:
+            with pipeline.eight.using(preset):
+                pipeline.eight.at_step(preset.eight_bit.first_steps)
+                _steps(pipeline, latents, size, text_2TE)
 
 
 def _frames(pipeline: Pipeline, latents: Tensor, size: tuple[int, int]) -> None:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from engine.config import DiTConfig, LoraUse
-from engine.eight_bit import kept_bytes
+from engine.eight_bit import EightBitBlocks, kept_bytes
 from engine.load import load_pipeline
 from engine.pipeline import Pipeline
 from engine.presets import EIGHT_BIT, ONLY_LOSSLESS, EightBit, Preset
 from engine.requests import resolve
+from engine.warmup import warm_up
 from kernels import fp8_gemm
 from tests.engine.loras import write_lora
 from tests.engine.oracle import relative
@@ -125,6 +126,21 @@ def test_loras_reach_the_kept_weights(eight: Pipeline) -> None:
     assert np.abs(styled - plain).mean() > 1
     assert np.abs(styled - video(eight, "lossless", LoraUse("style"))).mean() < np.abs(styled - plain).mean()
     assert np.array_equal(video(eight, EIGHT_BIT), plain)
+
+
+def test_warming_up_runs_what_is_offered(eight: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    original = EightBitBlocks.run
+
+    def counted(self: EightBitBlocks, block: object, *rest: object) -> object:
+        seen.append(block)
+        return original(self, block, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(EightBitBlocks, "run", counted)
+    late, refused = EightBit((0,), first_steps=2), Preset("8bit-cache", "", ALL, refused="forbidden")
+    eight.spec = replace(eight.spec, sizes=((64, 48),), presets=(Preset(EIGHT_BIT, "", late), refused))
+    warm_up(eight)
+    assert seen == [eight.high.blocks[1], eight.low.blocks[1]]  # type: ignore[union-attr]
 
 
 def test_kept_bytes_are_those_of_a_model() -> None:
