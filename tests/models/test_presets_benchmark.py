@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from benchmarks import presets
+from benchmarks import calibrate, presets
 from benchmarks._similarity import feature_distance, psnr_db, ssim
 from engine.tiny import make_tiny
 from models.demo.train.classifier import CHECKPOINT, Classifier
@@ -122,3 +122,41 @@ def test_the_whole_command(
     assert capsys.readouterr().out.count("| 8bit-cache |") == 2
     with pytest.raises(SystemExit):
         presets.main([*command, "--presets", "draft"])
+
+
+class Ladder(calibrate.Trial):
+    """Instead of clips: the decibels that a setting gives."""
+
+    def __init__(self, lossless_blocks_db: float, reuse_db: float) -> None:
+        self.block_db, self.reuse_db = lossless_blocks_db, reuse_db
+
+    def decibels(self, name: str, told: calibrate.Parts) -> tuple[float, float]:
+        parts = told[name]
+        kept = 24 + self.block_db * len(parts["keep_blocks"]) + parts["first_steps"]
+        return kept - self.reuse_db * parts.get("step_threshold", 0.0), 0.5
+
+
+def test_calibration_takes_the_boldest_that_keeps_the_floor() -> None:
+    told = calibrate.calibrate(Ladder(3.0, 20.0))
+    # 24 + 2 * 3 = 30 and 32 with two lossless steps; the floor is 30 and 1 to spare.
+    assert told["8bit"] == {"keep_blocks": [0, -1], "first_steps": 2}
+    # 32 - 20 * 0.25 = 27 keeps 26, 32 - 20 * 0.4 = 24 does not.
+    assert told["8bit-cache"]["step_threshold"] == 0.25
+    assert told["8bit-cache"]["keep_blocks"] == [0, -1]
+    assert calibrate.calibrate(Ladder(0.0, 1.0)) == {}
+    assert set(calibrate.calibrate(Ladder(3.0, 1e6))) == {"8bit", "8bit-cache"}  # guidance alone is left
+
+
+def test_calibration_compares_with_the_lossless_clips(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    model = make_tiny(tmp_path / "model")
+    facts = json.loads((model / "reel.json").read_text())
+    (model / "reel.json").write_text(json.dumps(facts | {"sizes": ["64*64"], "sampling_steps": 2}))
+    setting = presets.Setting(model, None, (), "", 1, 64, 1, "cpu")
+    trial = calibrate.Trial(presets.Maker(setting), 1)
+    few, whole = trial.decibels("8bit", {"8bit": {"keep_blocks": [0]}})
+    assert trial.decibels("8bit", {"8bit": {"keep_blocks": [0, 1]}}) == (100.0, 1.0)
+    assert 15 < few < 100
+    assert whole == 1
