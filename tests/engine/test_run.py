@@ -16,7 +16,7 @@ from infra.cli import invoke
 from tests.engine.loras import write_lora
 from tests.engine.oracle import relative, twin_dits, twin_vaes
 from tests.engine.ranks import environment
-from tests.engine.test_diffusers_layout import save
+from tests.engine.saved import save
 
 FIELDS = (
     "--size", "96*64", "--frame-num", "5", "--shift", "3", "--sampling-steps", "2",
