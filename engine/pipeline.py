@@ -28,10 +28,8 @@ from engine.frame_writer import FrameWriter
 from engine.lora import Loras
 from engine.offload import ExpertExchange, PromptEncoder
 from engine.parallel.mesh import Mesh
-from engine.parallel.text import encode_once
 from engine.requests import check
 from engine.sampler import TRAIN_TIMESTEPS, make_schedule, make_solver
-from engine.text_encoder import TextEncoder
 from engine.tracker import Tracker
 from engine.vae import VAE
 
@@ -104,9 +102,7 @@ class Pipeline:
     def encode(self, request: GenerationRequest) -> Tensor:
         """[2, T, E] embeddings of the prompt and of the negative prompt."""
         prompts = (request.prompt, request.negative_prompt or self.spec.negative_prompt)
-        if isinstance(self.text_encoder, TextEncoder):
-            return torch.stack(encode_once(prompts, self.text_encoder, self.mesh))
-        return torch.stack([self.text_encoder.encode(prompt) for prompt in prompts])
+        return torch.stack(self.text_encoder.encode_all(prompts, self.mesh))
 
     def noise(self, request: GenerationRequest, size: tuple[int, int]) -> Tensor:
         """The starting latents [C, F, H, W] fp32, the same for any number of ranks."""

@@ -26,7 +26,7 @@ from engine.parallel.mesh import Mesh
 from engine.pipeline import Pipeline
 from engine.requests import resolve
 from engine.transfer import Meter
-from engine.weights import load_tensors
+from engine.weights import Reader
 from tests.engine.sinks import Frames
 
 LORA = LoraUse("style", 0.7)
@@ -80,11 +80,9 @@ def check_reading(checkpoint: Path, mesh: Mesh) -> dict[str, object]:
     results: dict[str, object] = {}
     for dtype in (torch.float32, torch.bfloat16):
         meter, came = Meter(), list[int]()
-        both = load_tensors(
-            entries, device=torch.device("cpu"), dtype_of=lambda _, dtype=dtype: dtype, mesh=mesh,
-            on_bytes=came.append, meter=meter,
-        )  # fmt: skip
-        alone = load_tensors(entries, device=torch.device("cpu"), dtype_of=lambda _, dtype=dtype: dtype)
+        device = torch.device("cpu")
+        both = Reader(device, mesh, came.append, meter).tensors(entries, lambda _, dtype=dtype: dtype)
+        alone = Reader(device).tensors(entries, lambda _, dtype=dtype: dtype)
         size = sum(entry.size for entry in entries.values())
         results[f"equal {dtype}"] = equal(both, alone)
         results[f"own {dtype}"] = meter.own
