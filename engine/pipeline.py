@@ -27,6 +27,7 @@ from engine.errors import OutOfMemory, RequestError
 from engine.frame_writer import FrameWriter
 from engine.lora import Loras
 from engine.offload import ExpertExchange, PromptEncoder
+from engine.out_of_memory import is_out_of_memory
 from engine.parallel.mesh import Mesh
 from engine.requests import check
 from engine.sampler import TRAIN_TIMESTEPS, make_schedule, make_solver
@@ -87,7 +88,9 @@ class Pipeline:
                     save_file({"latents": latents_CFHW.float().cpu().contiguous()}, latents_out)
                 with tracker.phase("decoding"):
                     frames = self.decode(latents_CFHW, sink, tracker)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             torch.cuda.empty_cache()
             raise OutOfMemory(f"{self.device} ran out of memory at {tracker.where}: {error}") from error
         return GenerationResult(*image.size, frames, self.spec.fps, request.seed, tracker.seconds)

@@ -19,11 +19,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
 from engine.config import Canceled
 from engine.errors import RankLost, RequestError
+from engine.out_of_memory import is_out_of_memory
 
 EXIT_CODE = 75  # EX_TEMPFAIL: made anew, the group will work again
 GRACE_SECONDS = 5.0  # for the computing thread to fail by itself
@@ -78,7 +78,7 @@ class Watch:
             self.lost = self.lost or str(error)
             raise
         except BaseException as error:
-            full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            full = is_out_of_memory(error)
             if isinstance(error, RuntimeError) and not full:
                 time.sleep(2 * LOOK_SECONDS)  # a connection may break before the process is seen to be dead
                 if self.lost or _is_about_ranks(error):
