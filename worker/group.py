@@ -175,9 +175,9 @@ def agree(reports: list[RankReport]) -> RankReport:
 
 
 def explained(death: GroupBroken, reports: list[RankReport]) -> GroupBroken:
-    """A rank's death, or the out-of-memory of another one before it: waiting for that one it gave up."""
-    memory = [report for report in reports if report.failure is FailureClass.OUT_OF_MEMORY]
-    return broken_by(memory) if memory else death
+    """A rank's death, or what another one reported before it: a rank that waits for a failed one dies of it."""
+    failed = [report for report in reports if report.outcome == "failed"]
+    return broken_by(failed) if failed and death.failure is not FailureClass.OUT_OF_MEMORY else death
 
 
 def broken_by(reports: list[RankReport]) -> GroupBroken:

@@ -52,13 +52,16 @@ def test_anything_else_breaks_the_group(reports: list[RankReport], failure: Fail
     assert caught.value.failure is failure
 
 
-def test_a_rank_that_gave_up_waiting_for_a_full_one_is_not_the_reason() -> None:
+def test_a_rank_that_dies_of_waiting_for_a_failed_one_is_not_the_reason() -> None:
     death = GroupBroken(FailureClass.INFRASTRUCTURE, "a rank died: it waited for a lost rank")
     full = RankReport(1, "failed", failure=FailureClass.OUT_OF_MEMORY, detail="OutOfMemory: 7 GiB")
     other = RankReport(2, "failed", failure=FailureClass.INFRASTRUCTURE, detail="RankLost: rank 1")
-    assert explained(death, [other, RankReport(3, "done")]) is death
+    assert explained(death, [RankReport(3, "done")]) is death
     why = explained(death, [other, full])
     assert (why.failure, str(why)) == (FailureClass.OUT_OF_MEMORY, "OutOfMemory: 7 GiB")
+    assert str(explained(death, [other])) == "RankLost: rank 1"
+    killed = GroupBroken(FailureClass.OUT_OF_MEMORY, "a rank ran out of memory: by the machine's guard")
+    assert explained(killed, [other]) is killed
 
 
 @pytest.mark.parametrize(
