@@ -175,7 +175,7 @@ def agree(reports: list[RankReport]) -> RankReport:
 
 
 def explained(death: GroupBroken, reports: list[RankReport]) -> GroupBroken:
-    """A rank's death, or what another one reported before it: a rank that waits for a failed one dies of it."""
+    """A rank's death, or what another one reported before: a rank that waits for a failed one dies of it."""
     failed = [report for report in reports if report.outcome == "failed"]
     return broken_by(failed) if failed and death.failure is not FailureClass.OUT_OF_MEMORY else death
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.errors import OutOfMemory, RankLost
+from engine.errors import OutOfMemory, RankLost, RequestError
 from engine.load import load_pipeline
 from engine.parallel import watch
 from engine.pipeline import Pipeline
@@ -69,7 +69,10 @@ def one_video(pipeline: Pipeline, folder: Path, name: str) -> None:
 
 
 def fill_up(rank: int, folder: Path, checkpoint: Path) -> None:
-    """Rank 1's memory is full in the second step: the job ends on both, and both go on with the next one."""
+    """After a job that both refuse and one that works, rank 1's memory is full in the second step.
+
+    The job ends on both ranks, and both go on with the next one in a new group.
+    """
     watch.FIRST_SECONDS = LIMIT_SECONDS
     mesh = join(folder, "meeting", rank, 2, guidance=1, timeout_seconds=LIMIT_SECONDS)
     pipeline = load_pipeline(checkpoint, mesh=mesh, device="cpu")
@@ -81,11 +84,14 @@ def fill_up(rank: int, folder: Path, checkpoint: Path) -> None:
             raise torch.OutOfMemoryError("tried to allocate 7 GiB")
         return flow(*arguments)  # type: ignore[arg-type]
 
-    for attempt in ("first", "again"):
+    def refuse(*_: object) -> None:
+        raise RequestError("seed", 8, "others: all ranks refuse alike")
+
+    for attempt, does in (("refused", refuse), ("before", flow), ("first", full), ("again", flow)):
         try:
-            with mock.patch.object(pipeline, "flow", full if attempt == "first" else flow):
+            with mock.patch.object(pipeline, "flow", does):
                 one_video(pipeline, folder, attempt)
-        except (OutOfMemory, RankLost) as error:
+        except (OutOfMemory, RankLost, RequestError) as error:
             words.append(f"{time.monotonic()} {type(error).__name__} {error}")
     (folder / f"words.{rank}").write_text("\n".join(words))
     mesh.close()
