@@ -123,8 +123,8 @@ def with_results(arguments: list[str], stem: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def under_torchrun(
     commands: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, str]:
-    """(where two ranks of torchrun left the results of all kinds, what they printed)."""
+) -> tuple[Path, str, str]:
+    """(where two ranks of torchrun left the results of all kinds, what they printed, what they logged)."""
     folder = tmp_path_factory.mktemp("torchrun")
     cases = [with_results(commands[kind], folder / kind) for kind in KINDS]
     (folder / "cases.json").write_text(json.dumps(cases))
@@ -136,13 +136,13 @@ def under_torchrun(
         env=environment(), capture_output=True, text=True, timeout=150, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    return folder, done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_whole_family_in_process_and_under_torchrun_alike(
     commands: dict[str, list[str]],
-    under_torchrun: tuple[Path, str],
+    under_torchrun: tuple[Path, str, str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     kind: str,
@@ -166,8 +166,11 @@ def test_the_whole_family_in_process_and_under_torchrun_alike(
     assert decode_video(under_torchrun[0] / f"{kind}.mp4")[0] == info
 
 
-def test_rank_0_alone_speaks_for_all_kinds(under_torchrun: tuple[Path, str]) -> None:
-    assert under_torchrun[1].count("seed 2") == len(KINDS)
+def test_rank_0_alone_speaks_and_shows_its_memory_plan(under_torchrun: tuple[Path, str, str]) -> None:
+    _, words, log = under_torchrun
+    assert words.count("seed 2") == len(KINDS)
+    assert log.count("memory of") == log.count(", rank 0 of 2") == len(KINDS)
+    assert log.count("text keys and values") == len(KINDS)
 
 
 def test_flags_for_loras_memory_and_checksums(
