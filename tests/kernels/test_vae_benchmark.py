@@ -1,4 +1,4 @@
-"""The VAE benchmark rehearsed on a CPU: the official computation is right, and a wrong video has no figure."""
+"""The VAE benchmark rehearsed on a CPU: the official computation is right; a wrong video has no figure."""
 
 import argparse
 import math
