@@ -32,6 +32,22 @@ class Space(Protocol):
         """`layer(x)`; x [..., H, W] may come with its halo already."""
         ...
 
+    def around(self, shape: list[int], halo: int) -> list[int]:
+        """The shape [..., H, W] of a part with its halo."""
+        ...
+
+    def inside(self, x: Tensor, halo: int) -> Tensor:
+        """The part alone, a view of x [..., H, W] with its halo."""
+        ...
+
+    def fill_halo(self, joined_BCTHW: Tensor, past_BCTHW: Tensor, halo: int) -> None:
+        """Fill in the halo of a layer's input, whose first frames are the past, and of the next past."""
+        ...
+
+    def all_agree(self, flag: Tensor) -> Tensor:
+        """Whether a boolean is true on every rank; doesn't wait for the GPU."""
+        ...
+
     def pad_after(self, x: Tensor) -> Tensor:
         """x [..., H, W] with one more row and column at the end."""
         ...
@@ -63,6 +79,21 @@ class WholeFrame:
         """The layer with its own padding."""
         y: Tensor = layer(x)
         return y
+
+    def around(self, shape: list[int], halo: int) -> list[int]:
+        """Convolutions pad by themselves, so there is no halo."""
+        return shape
+
+    def inside(self, x: Tensor, halo: int) -> Tensor:
+        """All of it."""
+        return x
+
+    def fill_halo(self, joined_BCTHW: Tensor, past_BCTHW: Tensor, halo: int) -> None:
+        """There is none."""
+
+    def all_agree(self, flag: Tensor) -> Tensor:
+        """There is one rank."""
+        return flag
 
     def pad_after(self, x: Tensor) -> Tensor:
         """Zeros."""

@@ -75,6 +75,35 @@ class StripedFrame:
         convolution = F.conv2d if x.ndim == 4 else F.conv3d
         return convolution(x, layer.weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
 
+    def around(self, shape: list[int], halo: int) -> list[int]:
+        """Wider along the cut axis by the halo on both sides."""
+        shape = list(shape)
+        shape[self.axis] += 2 * halo
+        return shape
+
+    def inside(self, x: Tensor, halo: int) -> Tensor:
+        """Without the halo on both sides."""
+        return x.narrow(self.axis, halo, x.shape[self.axis] - 2 * halo)
+
+    def fill_halo(self, joined_BCTHW: Tensor, past_BCTHW: Tensor, halo: int) -> None:
+        """The new frames' edges come from the neighbours, the earlier ones' from the past's own halo."""
+        if halo == 0:
+            return
+        frames = past_BCTHW.shape[2]
+        edges = Edges(self, self.inside(joined_BCTHW[:, :, frames:], halo), halo, halo)
+        for start, lines in zip((0, past_BCTHW.shape[self.axis] - halo), edges.wait(), strict=True):
+            joined = joined_BCTHW.narrow(self.axis, start, halo)
+            past = past_BCTHW.narrow(self.axis, start, halo)
+            joined[:, :, :frames] = past
+            joined[:, :, frames:] = lines
+            past.copy_(joined[:, :, -frames:])
+
+    def all_agree(self, flag: Tensor) -> Tensor:
+        """The least of all ranks' flags."""
+        number = flag.to(torch.int32)
+        dist.all_reduce(number, dist.ReduceOp.MIN, self.group)
+        return number.bool()
+
     def pad_after(self, x: Tensor) -> Tensor:
         """The next stripe's first line along the cut axis (zeros after the last), zeros along the other."""
         _, after = Edges(self, x, 0, 1).wait()

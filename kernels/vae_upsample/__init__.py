@@ -7,7 +7,6 @@ pixel and channel pair, and the doubled map is never made. Exact up to rounding.
 in place; the torch reference runs on a CPU, the Triton kernel on CUDA.
 """
 
-import torch
 from torch import Tensor
 
 from kernels.vae_upsample import reference
