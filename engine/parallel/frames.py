@@ -68,12 +68,20 @@ class StripedFrame:
         padding = list(layer.padding)
         halo = padding[self.axis]
         if halo and not with_halo:
-            edges = Edges(self, x, halo, halo)
-            before, after = edges.wait()
-            x = torch.cat((before, x, after), dim=self.axis)
+            x = self._between_edges(x, halo)
         padding[self.axis] = 0
         convolution = F.conv2d if x.ndim == 4 else F.conv3d
         return convolution(x, layer.weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
+
+    def _between_edges(self, x: Tensor, halo: int) -> Tensor:
+        """x with its halo, in x's order of memory; the neighbours' edges travel while x is copied."""
+        edges = Edges(self, x, halo, halo)
+        joined = _empty_like(x, self.around(list(x.shape), halo))
+        self.inside(joined, halo).copy_(x)
+        before, after = edges.wait()
+        joined.narrow(self.axis, 0, halo).copy_(before)
+        joined.narrow(self.axis, joined.shape[self.axis] - halo, halo).copy_(after)
+        return joined
 
     def around(self, shape: list[int], halo: int) -> list[int]:
         """Wider along the cut axis by the halo on both sides."""
@@ -191,13 +199,13 @@ def _together(operations: list[dist.P2POp]) -> list[dist.Work]:
     return dist.batch_isend_irecv(operations) if operations else []
 
 
-def _empty_like(x_BCTHW: Tensor, shape: list[int]) -> Tensor:
+def _empty_like(x: Tensor, shape: list[int]) -> Tensor:
     """Memory in x's order of dimensions."""
-    last = torch.channels_last_3d
-    channels_last = x_BCTHW.is_contiguous(memory_format=last) and not x_BCTHW.is_contiguous()
+    last = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    channels_last = x.is_contiguous(memory_format=last) and not x.is_contiguous()
     return torch.empty(
         shape,
-        dtype=x_BCTHW.dtype,
-        device=x_BCTHW.device,
+        dtype=x.dtype,
+        device=x.device,
         memory_format=last if channels_last else torch.contiguous_format,
     )
