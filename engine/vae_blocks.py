@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Convolution = nn.Conv2d | nn.Conv3d
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # of [B, H, L, K]
 
 
 class Space(Protocol):
@@ -205,7 +206,9 @@ class AttentionBlock(Layer):
         self.proj = nn.Conv2d(dim, dim, 1)
         nn.init.zeros_(self.proj.weight)
 
-    def stream(self, x_BCTHW: Tensor, stream: Stream) -> Tensor:
+    def stream(
+        self, x_BCTHW: Tensor, stream: Stream, attend: Attend = F.scaled_dot_product_attention
+    ) -> Tensor:
         """The next chunk's output; frames don't see one another, so nothing is remembered."""
         b, c, t, h, w = x_BCTHW.shape
         x = x_BCTHW.transpose(1, 2).flatten(0, 1)
@@ -213,7 +216,7 @@ class AttentionBlock(Layer):
         kv = stream.space.gather(qkv[:, c:])  # every pixel looks at the whole frame
         q = qkv[:, :c].flatten(2).transpose(1, 2).unsqueeze(1)
         k, v = kv.flatten(2).transpose(1, 2).unsqueeze(1).chunk(2, dim=-1)
-        y = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).reshape(b * t, c, h, w)
+        y = attend(q, k, v).squeeze(1).transpose(1, 2).reshape(b * t, c, h, w)
         out: Tensor = self.proj(y)
         return x_BCTHW + out.view(b, t, c, h, w).transpose(1, 2)
 

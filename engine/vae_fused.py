@@ -34,7 +34,7 @@ from engine.vae_blocks import (
     Upsample,
 )
 from engine.vae_stages import UpStage, duplicate_up
-from kernels import vae_norm_silu, vae_upsample
+from kernels import vae_norm_silu, vae_upsample, wide_attention
 
 if TYPE_CHECKING:
     from engine.vae import Decoder
@@ -102,7 +102,7 @@ class FusedDecoder:
             if isinstance(layer, ResidualBlock):
                 value = self._residual(layer, value)
             elif isinstance(layer, AttentionBlock):
-                value = Sum(layer.stream(value.total(), self.stream))
+                value = Sum(layer.stream(value.total(), self.stream, wide_attention.attention))
             elif isinstance(layer, Upsample):
                 value = self._upsample(layer, value)
             else:

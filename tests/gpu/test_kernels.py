@@ -171,3 +171,18 @@ def test_attention(kind: str, queries: int, keys: int, heads: int):
     got = attention.attention(q, k, v, kind)
     assert got.isfinite().all()
     assert relative_error(got[:, sample], exact) <= 1.1 * relative_error(plain[:, sample], exact)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("pixels", "head"), [(90 * 160, 384), (3519, 1024)])
+def test_wide_attention(pixels: int, head: int, dtype: torch.dtype):
+    """Our form at the VAE's sizes, whatever the table chooses."""
+    from kernels.wide_attention import triton
+
+    q, k, v = randn(1, 1, pixels, 3 * head).to(dtype).chunk(3, dim=-1)
+    sample = torch.randint(pixels, (64,), device=CUDA)
+    exact = F.scaled_dot_product_attention(q[:, :, sample].double(), k.double(), v.double())
+    got = triton.attention(q, k, v)
+    assert got.isfinite().all()
+    plain = F.scaled_dot_product_attention(q, k, v)[:, :, sample]
+    assert relative_error(got[:, :, sample], exact) <= 1.1 * relative_error(plain, exact)
