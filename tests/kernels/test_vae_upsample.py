@@ -56,6 +56,20 @@ def test_folded_weights_are_rounded_once(seed: int, device: torch.device, dtype:
     assert torch.equal(fold(weight), fold(weight.double()).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("c", "o"), [(192, 96), (64, 16)])
+def test_rounding_weights_once_more_costs_little(
+    seed: int, device: torch.device, dtype: torch.dtype, c: int, o: int
+):
+    x, weight, bias = (t.to(dtype) for t in operands((1, c, o, 9, 11), device))
+    exact = reference.upsample_conv(x.double(), weight.double(), bias.double())
+    plain = reference.upsample_conv(x, weight, None) + bias[:, None, None]
+    got = reference.interleave(F.conv2d(x, fold(weight), padding=1), bias)
+    ours, theirs = relative_error(got, exact), relative_error(plain, exact)
+    print(f"relative error {ours:.3g}, unfolded {theirs:.3g}: {ours / theirs:.2f} times")
+    assert ours < 1.25 * theirs
+
+
 def test_what_is_no_four_phases_is_refused(device: torch.device):
     from kernels.vae_upsample import triton
 
