@@ -4,8 +4,8 @@
     python -m benchmarks.vae --only ours --convolutions        # ours, its kernels, and the convolutions alone
 
 The baseline is the official decode (`benchmarks._official_vae`) with fp32 weights and cuDNN in TF32, twice
-untimed (memory, video) and then twice. Every contestant's video is compared with it before its time counts: one under 60 dB
-is named as wrong and has no figure. Weights are random, values about [-1, 1].
+untimed (memory, video) and then twice. Every contestant's video is compared with it before its time counts:
+one under 60 dB is named as wrong and has no figure. Weights are random, values about [-1, 1].
 """
 
 import argparse
