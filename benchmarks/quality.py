@@ -1,6 +1,6 @@
 """How well a model of the synthetic world follows its prompts: `reel bench quality`.
 
-    python -m benchmarks.quality [--model models/demo] [--count 512] [--out quality.json]
+    python -m benchmarks.quality [--model models/demo] [--count 512] [--processes 2] [--out quality.json]
 
 Every held-out caption is generated once, caption i with seed i, by the engine's own pipeline; nothing is
 picked. A classifier that saw only drawn clips reads colour, shape and motion off the frames. It is itself
@@ -10,8 +10,13 @@ so that a run that was cut off goes on where it ended.
 
 import argparse
 import json
+import multiprocessing
+import os
 from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +32,8 @@ from models.demo.train.common import MODEL_DIR, psnr
 from models.demo.train.judge import Tally, add, judge
 from models.demo.train.render import pack, render
 from models.demo.train.world import Scene
+
+Row = dict[str, Any]  # a caption's seed, prompt, tallies and decibels
 
 
 class Frames(FrameSink):
@@ -63,39 +70,63 @@ def round_trip(pipeline: Pipeline, scene: Scene, frame_num: int, side: int) -> t
     return again, float(psnr(again, video))
 
 
-def measure(
-    pipeline: Pipeline,
-    classifier: Classifier,
-    pairs: list[tuple[Scene, str]],
-    log: Path,
-    *,
-    frame_num: int = 17,
-    side: int = 128,
-) -> list[dict[str, object]]:
-    """One row a caption, the rows that `log` holds already first; new ones are appended to it."""
+@dataclass(frozen=True)
+class Setting:
+    """What every caption is made with."""
+
+    model: Path
+    judge: Path
+    frame_num: int
+    side: int
+    threads: int
+
+
+class Worker:
+    """One process's pipeline and judge, loaded at its first caption."""
+
+    loaded: tuple[Pipeline, Classifier] | None = None
+
+    @classmethod
+    def row(cls, task: tuple[Setting, int, Scene, str]) -> Row:
+        """Generate and judge caption `index`, with its index as the seed."""
+        setting, index, scene, prompt = task
+        if cls.loaded is None:
+            torch.set_num_threads(setting.threads)
+            cls.loaded = load_pipeline(setting.model), load_classifier(setting.judge)
+        pipeline, classifier = cls.loaded
+        clip = generate(pipeline, prompt, index, (setting.side, setting.side), setting.frame_num)
+        drawn, decibels = round_trip(pipeline, scene, setting.frame_num, setting.side)
+        return {
+            "seed": index,
+            "prompt": prompt,
+            "generated": judge(classifier, clip, [scene]),
+            "drawn": judge(classifier, drawn, [scene]),
+            "vae_psnr_db": round(decibels, 3),
+        }
+
+
+def measure(pairs: list[tuple[Scene, str]], log: Path, setting: Setting, processes: int) -> list[Row]:
+    """One row a caption in order of seeds; rows that `log` holds are kept, new ones appended to it."""
     lines = log.read_text().splitlines() if log.exists() else []
-    rows: list[dict[str, object]] = [json.loads(line) for line in lines[: len(pairs)]]
-    with log.open("a") as file:
-        for index in range(len(rows), len(pairs)):
-            scene, prompt = pairs[index]
-            clip = generate(pipeline, prompt, index, (side, side), frame_num)
-            drawn, decibels = round_trip(pipeline, scene, frame_num, side)
-            rows.append(
-                {
-                    "seed": index,
-                    "prompt": prompt,
-                    "generated": judge(classifier, clip, [scene]),
-                    "drawn": judge(classifier, drawn, [scene]),
-                    "vae_psnr_db": round(decibels, 3),
-                }
-            )
-            print(json.dumps(rows[-1]), file=file, flush=True)
-            if index % 16 == 15:
-                print(f"{index + 1} of {len(pairs)}", summary(rows)["generated"], flush=True)
-    return rows
+    rows: dict[int, Row] = {row["seed"]: row for row in map(json.loads, lines)}
+    todo = [(setting, i, *pair) for i, pair in enumerate(pairs) if i not in rows]
+    with ExitStack() as stack:
+        file = stack.enter_context(log.open("a"))
+        made: Iterable[Row]
+        if processes > 1:
+            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(processes))
+            made = pool.imap_unordered(Worker.row, todo)
+        else:
+            made = map(Worker.row, todo)
+        for row in made:
+            rows[row["seed"]] = row
+            print(json.dumps(row), file=file, flush=True)
+            if len(rows) % 16 == 0:
+                print(f"{len(rows)} of {len(pairs)}", summary(list(rows.values()))["generated"], flush=True)
+    return [rows[index] for index in range(len(pairs))]
 
 
-def summary(rows: list[dict[str, object]]) -> dict[str, object]:
+def summary(rows: list[Row]) -> dict[str, Any]:
     """Shares of right answers with the number of questions, and the mean PSNR."""
 
     def rates(tallies: Iterable[Tally]) -> dict[str, str]:
@@ -107,9 +138,9 @@ def summary(rows: list[dict[str, object]]) -> dict[str, object]:
 
     return {
         "captions": len(rows),
-        "generated": rates(row["generated"] for row in rows),  # type: ignore[misc]
-        "drawn_after_vae": rates(row["drawn"] for row in rows),  # type: ignore[misc]
-        "vae_psnr_db": round(float(np.mean([row["vae_psnr_db"] for row in rows])), 2),  # type: ignore[misc]
+        "generated": rates(row["generated"] for row in rows),
+        "drawn_after_vae": rates(row["drawn"] for row in rows),
+        "vae_psnr_db": round(float(np.mean([row["vae_psnr_db"] for row in rows])), 2),
     }
 
 
@@ -123,18 +154,15 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=512, help="held-out captions, from the first on")
     parser.add_argument("--frame-num", type=int, default=17)
     parser.add_argument("--side", type=int, default=128)
+    parser.add_argument("--processes", type=int, default=1, help="captions made at once, each on its share")
     parser.add_argument("--out", type=Path, default=Path("out/quality.json"))
     args = parser.parse_args()
     pairs = [(scene, caption.text) for scene, caption in held_out_prompts(args.count)]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = measure(
-        load_pipeline(args.model),
-        load_classifier(args.judge),
-        pairs,
-        args.out.with_suffix(".jsonl"),
-        frame_num=args.frame_num,
-        side=args.side,
+    setting = Setting(
+        args.model, args.judge, args.frame_num, args.side, max(1, (os.cpu_count() or 1) // args.processes)
     )
+    rows = measure(pairs, args.out.with_suffix(".jsonl"), setting, args.processes)
     result = summary(rows)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

@@ -68,14 +68,14 @@ def write_expert(folder: Path, dit: DiTConfig, task: Task, state: Mapping[str, T
     }
     _write_json(folder / "config.json", config)
     names = sorted(state)
-    weight_map = {}
+    weight_map, size = {}, 0
     for shard in range(shards):
         file = f"{SHARD_STEM}-{shard + 1:05d}-of-{shards:05d}.safetensors"
         part = {name: state[name].detach().float().cpu().contiguous() for name in names[shard::shards]}
         save_file(part, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(0o644)  # safetensors makes it private
         weight_map.update(dict.fromkeys(part, file))
-    size = sum(4 * tensor.numel() for tensor in state.values())
+        size += sum(4 * tensor.numel() for tensor in part.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     _write_json(folder / f"{SHARD_STEM}.safetensors.index.json", index)
 

@@ -25,6 +25,7 @@ class Load:
         self._world, self._history, self._rng, self._rate = world, history, rng, rate
         self._real = real
         self._real_model = ""
+        self._longest = 0  # frames of a video of the real model
         self.sent = 0
         self.accepted: list[str] = []
         self.stopped = False
@@ -110,13 +111,17 @@ class Load:
         self.accepted.append(job_id)
         return job_id
 
-    async def submit_real(self, **fields: Any) -> str:
-        """A job for the real engine; few different ones, so that their videos can be compared."""
+    async def submit_real(self, *, longest: bool = False, **fields: Any) -> str:
+        """A job for the real engine; few different ones, so that their videos can be compared.
+
+        `longest`: as many frames as the model makes.
+        """
         if not self._real_model:
-            names = {
-                card.name for card in await asyncio.to_thread(NodeRegistry(self._world.store.redis).models)
-            }
-            (self._real_model,) = names - {engine.NAME}
+            cards = await asyncio.to_thread(NodeRegistry(self._world.store.redis).models)
+            (card,) = (card for card in cards if card.name != engine.NAME)
+            self._real_model, self._longest = card.name, card.max_frame_num
+        if longest:
+            fields["frame_num"] = self._longest
         body = {"model": self._real_model, "frame_num": 5, "seed": self._rng.randrange(4), **fields}
         return await self.submit(**body)
 

@@ -153,7 +153,7 @@ class NodeFaults(Injector):
     async def hung_collective(self) -> None:
         """One of the real engine's two ranks stops for good in the middle of a job, and the other waits."""
         # long enough for a heartbeat while it denoises
-        job_id = await self.load.submit_real(sampling_steps=100, frame_num=81, priority="high")
+        job_id = await self.load.submit_real(longest=True, sampling_steps=100, priority="high")
 
         def act(call: Call) -> None:
             ranks = self.world.parts[REAL].find("RankActor")

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import random
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -111,6 +112,7 @@ def set_rate(group: dict[str, Any], rate: float) -> None:
 
 def prepare(device: str, seed: int = SEED) -> None:
     """Seeds and precision of a training process."""
+    random.seed(seed)
     torch.manual_seed(seed)
     if device == "cuda":
         torch.backends.cudnn.benchmark = True
@@ -133,18 +135,9 @@ def _pickled(function: Callable[[Any], Any], job: Any) -> bytes:
     return pickle.dumps(function(job))
 
 
-def wait_for(path: Path, until: float) -> bool:
-    """Wait for a file that another process will write, up to an epoch second; whether it is there."""
-    while not path.exists():
-        if time.time() > until:
-            return False
-        time.sleep(0.2)
-    return True
-
-
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside its place and move it there, so that nobody ever reads half of it."""
-    draft = path.with_name(f".{path.name}.draft")
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     write(draft)
     draft.replace(path)
 
@@ -171,13 +164,19 @@ class EMA:
 
 
 class Log:
-    """A loss curve: means over short windows, printed now and then, kept as JSON beside the model."""
+    """A loss curve: means over short windows, printed now and then, kept as JSON beside the model.
 
-    def __init__(self, name: str, folder: Path, every: int = 100) -> None:
+    A run that resumes weights goes on with their curve.
+    """
+
+    def __init__(self, name: str, folder: Path, every: int = 100, resume: bool = False) -> None:
         self.name = name
         self.path = folder / "train" / "curves" / f"{name}.json"
         self.every = every
-        self.rows: list[dict[str, float]] = []
+        before = json.loads(self.path.read_text())["curve"] if resume and self.path.exists() else []
+        self.rows: list[dict[str, float]] = before
+        self.first_step = before[-1]["step"] if before else 0.0
+        self.first_second = before[-1]["seconds"] if before else 0.0
         self.sums: dict[str, Tensor] = {}
         self.count = 0
         self.start = time.monotonic()
@@ -194,7 +193,8 @@ class Log:
         """Close the window."""
         if not self.count:
             return
-        row = {"step": float(step + 1), "seconds": round(time.monotonic() - self.start, 1)}
+        seconds = self.first_second + time.monotonic() - self.start
+        row = {"step": self.first_step + step + 1, "seconds": round(seconds, 1)}
         row |= {key: round(float(total) / self.count, 6) for key, total in self.sums.items()}
         self.rows.append(row)
         self.sums, self.count = {}, 0
@@ -250,7 +250,8 @@ def update_reel_json(folder: Path, **values: Any) -> None:
     path = folder / "reel.json"
     facts = json.loads(path.read_text()) if path.exists() else {}
     facts |= values
-    path.write_text(json.dumps(facts, indent=2) + "\n")
+    text = json.dumps(facts, indent=2) + "\n"
+    replace_file(path, lambda draft: draft.write_text(text))
 
 
 def psnr(video: Tensor, target: Tensor) -> Tensor:

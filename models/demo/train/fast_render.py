@@ -19,6 +19,9 @@ PALETTE = plain.PALETTE
 OUTLINE = tl.constexpr(plain.OUTLINE)
 OUTLINE_WIDTH = tl.constexpr(plain.OUTLINE_WIDTH)
 SHADE = tl.constexpr(plain.SHADE)
+SOFTNESS = tl.constexpr(plain.SOFTNESS)
+STAR_RADIUS = tl.constexpr(plain.STAR_RADIUS)
+STAR_GREY = tl.constexpr(plain.STAR_GREY)
 PAN_TRAVEL = tl.constexpr(plain.PAN_TRAVEL)
 PI = tl.constexpr(math.pi)
 BLOCK = 1024
@@ -83,15 +86,15 @@ def _distance(shape, x, y):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _tone(texture, x, y):  # type: ignore[no-untyped-def]
-    dark = x > 1e9
+def _tone(texture, x, y, soft):  # type: ignore[no-untyped-def]
+    depth = x * 0.0 - 1e9
     if texture == 1:  # striped
-        dark = tl.sin(x * (2 * PI / 0.66)) > 0
+        depth = tl.sin(x * (2 * PI / 0.66)) * (0.66 / (2 * PI))
     elif texture == 2:  # dotted
-        dark = _hypot(_remainder(x, 0.62) - 0.31, _remainder(y, 0.62) - 0.31) < 0.19
+        depth = 0.19 - _hypot(_remainder(x, 0.62) - 0.31, _remainder(y, 0.62) - 0.31)
     elif texture == 3:  # checkered
-        dark = tl.sin(x * (PI / 0.5)) * tl.sin(y * (PI / 0.5)) > 0
-    return tl.where(dark, SHADE, 1.0)
+        depth = tl.sin(x * (PI / 0.5)) * tl.sin(y * (PI / 0.5)) * (0.5 / PI)
+    return 1 + (SHADE - 1) * _unit(depth / soft + 0.5)
 
 
 @triton.jit
@@ -112,7 +115,7 @@ def _thing(r, g, b, x, y, u, pixel, at, shape_ptr, colour_ptr, texture_ptr, spec
     px = tl.cos(angle) * dx + tl.sin(angle) * dy
     py = tl.cos(angle) * dy - tl.sin(angle) * dx
     distance = _distance(tl.load(shape_ptr + at), px, py) * radius
-    tone = _tone(tl.load(texture_ptr + at), px, py)
+    tone = _tone(tl.load(texture_ptr + at), px, py, pixel / radius)
     inner = _unit((-OUTLINE_WIDTH - distance) / pixel + 0.5)
     alpha = tl.where(there > 0, _unit(0.5 - distance / pixel), 0.0)
     colour = palette_ptr + tl.load(colour_ptr + at) * 3
@@ -154,14 +157,14 @@ def _backdrop(background, x, y, seed, pixel):  # type: ignore[no-untyped-def]
             off_x = 0.06 + _hash(column, row, seed) * 0.18
             off_y = 0.06 + _hash(column, row, seed + 7) * 0.18
             near = _hypot(_remainder(x, 0.3) - off_x, _remainder(y, 0.3) - off_y)
-            star = _unit(0.5 - (near - 0.018) / pixel)
+            star = _unit(0.5 - (near - STAR_RADIUS) / pixel)
             star = tl.where(_hash(column, row, seed + 3) < 0.6, star, 0.0)
             r = 0.02 + (0.10 - 0.02) * tall
             g = 0.03 + (0.10 - 0.03) * tall
             b = 0.14 + (0.30 - 0.14) * tall
-            r += (0.92 - r) * star
-            g += (0.92 - g) * star
-            b += (0.92 - b) * star
+            r += (STAR_GREY - r) * star
+            g += (STAR_GREY - g) * star
+            b += (STAR_GREY - b) * star
             r += (0.05 - r) * ground
             g += (0.10 - g) * ground
             b += (0.08 - b) * ground
@@ -213,11 +216,12 @@ def _draw(  # type: ignore[no-untyped-def]
     x = (column.to(tl.float32) + 0.5) * (2.0 / width) - 1
     y = (row.to(tl.float32) + 0.5) * pixel - 1
     seed = tl.load(seed_ptr + scene)
+    edge = pixel * SOFTNESS
     drift = tl.load(pan_ptr + scene) * PAN_TRAVEL * u + (seed % 97).to(tl.float32) / 97 * 4
-    r, g, b = _backdrop(tl.load(background_ptr + scene), x + drift, y, seed, pixel)
+    r, g, b = _backdrop(tl.load(background_ptr + scene), x + drift, y, seed, edge)
     for slot in tl.static_range(2):  # the second thing is behind the first
         r, g, b = _thing(
-            r, g, b, x, y, u, pixel, scene * 2 + 1 - slot,
+            r, g, b, x, y, u, edge, scene * 2 + 1 - slot,
             shape_ptr, colour_ptr, texture_ptr, spec_ptr, palette_ptr,
         )  # fmt: skip
     out = out_ptr + (clip * total + at) * 3

@@ -22,9 +22,11 @@ PALETTE = (
     (1.00, 0.50, 0.76),
     (0.97, 0.97, 0.97),
 )
-OUTLINE = 0.08  # grey of the thin line round every shape
+OUTLINE = 0.12  # grey of the thin line round every shape
 OUTLINE_WIDTH = 0.03
-SHADE = 0.42  # the darker tone of a texture
+SHADE = 0.52  # the darker tone of a texture
+SOFTNESS = 2.0  # pixels that an edge is wide: a little out of focus, which a small VAE can keep
+STAR_RADIUS, STAR_GREY = 0.024, 0.72
 PAN_TRAVEL = 0.6
 _RADII = {"small": 0.25, "large": 0.40}
 
@@ -181,8 +183,8 @@ def _distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
     return ((px - tip[0]) * nx + (py - tip[1]) * ny) / math.hypot(nx, ny)
 
 
-def _texture_tone(texture_B: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """1 where a thing shows its colour, SHADE where it shows the darker tone."""
+def _texture_tone(texture_B: Tensor, x: Tensor, y: Tensor, soft: Tensor) -> Tensor:
+    """1 where a thing shows its colour, SHADE where it shows the darker tone, with edges `soft` wide."""
     tone = torch.ones_like(x)
     for index, name in enumerate(TEXTURES):
         rows = (texture_B == index).nonzero()[:, 0]
@@ -190,14 +192,16 @@ def _texture_tone(texture_B: Tensor, x: Tensor, y: Tensor) -> Tensor:
             continue
         px, py = x[rows], y[rows]
         if name == "striped":
-            dark = torch.sin(px * (2 * math.pi / 0.66)) > 0
+            k = 2 * math.pi / 0.66
+            depth = torch.sin(px * k) / k
         elif name == "checkered":
-            dark = torch.sin(px * (math.pi / 0.5)) * torch.sin(py * (math.pi / 0.5)) > 0
+            k = math.pi / 0.5
+            depth = torch.sin(px * k) * torch.sin(py * k) / k
         else:
             cell = 0.62
             half = cell / 2
-            dark = torch.hypot(torch.remainder(px, cell) - half, torch.remainder(py, cell) - half) < 0.19
-        tone[rows] = torch.where(dark, SHADE, 1.0)
+            depth = 0.19 - torch.hypot(torch.remainder(px, cell) - half, torch.remainder(py, cell) - half)
+        tone[rows] = 1 + (SHADE - 1) * (depth / soft[rows] + 0.5).clamp(0, 1)
     return tone
 
 
@@ -236,7 +240,7 @@ def _draw_thing(
         if len(rows):
             distance[rows] = _distance(name, x[rows], y[rows])
     distance = distance * radius
-    tone = _texture_tone(packed.texture[there, slot], x, y)
+    tone = _texture_tone(packed.texture[there, slot], x, y, pixel / radius)
     palette = torch.tensor(PALETTE, device=frames.device)
     colour = palette[packed.colour[there, slot]][:, None, None, None, :]
     inner = ((-OUTLINE_WIDTH - distance) / pixel + 0.5).clamp(0, 1)[..., None]
@@ -280,8 +284,8 @@ def _landscape(name: str, x: Tensor, y: Tensor, seed: Tensor, pixel: float) -> T
     off_x = 0.06 + _hash(column, row, seed) * 0.18
     off_y = 0.06 + _hash(column, row, seed + 7) * 0.18
     near = torch.hypot(torch.remainder(x, size) - off_x, torch.remainder(y, size) - off_y)
-    star = (0.5 - (near - 0.018) / pixel).clamp(0, 1) * (_hash(column, row, seed + 3) < 0.6)
-    sky = sky + (0.92 - sky) * star[..., None]
+    star = (0.5 - (near - STAR_RADIUS) / pixel).clamp(0, 1) * (_hash(column, row, seed + 3) < 0.6)
+    sky = sky + (STAR_GREY - sky) * star[..., None]
     return sky + (torch.tensor((0.05, 0.10, 0.08), device=x.device) - sky) * ground[..., None]
 
 
@@ -343,11 +347,12 @@ def render(
     device = packed.spec.device
     top, left, rows, columns = window or (0, 0, height, width)
     pixel = 2 / height
+    edge = SOFTNESS * pixel
     x_W = (torch.arange(left, left + columns, device=device) + 0.5) * (2 / width) - 1
     y_H = (torch.arange(top, top + rows, device=device) + 0.5) * (2 / height) - 1
     first, count = span or (0, frame_num)
     u_F = torch.arange(first, first + count, device=device) / max(frame_num - 1, 1)
-    frames = _backdrop(packed, (x_W, y_H), u_F, pixel)
+    frames = _backdrop(packed, (x_W, y_H), u_F, edge)
     for slot in (1, 0):  # the second thing is behind the first
-        frames = _draw_thing(frames, packed, slot, (x_W, y_H), u_F, pixel)
+        frames = _draw_thing(frames, packed, slot, (x_W, y_H), u_F, edge)
     return frames.permute(0, 4, 1, 2, 3) * 2 - 1

@@ -16,6 +16,7 @@ from engine.config import Solver
 from engine.dit import DiT
 from engine.sampler import TRAIN_TIMESTEPS, make_schedule, make_solver
 from engine.vae import VAE
+from models.demo.train import fast_vae
 from models.demo.train.captions import held_out_prompts
 from models.demo.train.classifier import CHECKPOINT as CLASSIFIER
 from models.demo.train.classifier import load_classifier
@@ -196,6 +197,7 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    fast_vae.speed_up()
     sampler = Sampler(args.model, args.device)
     high, low = (load_expert(args.model, which, args.device).eval() for which in ("high", "low"))
     pairs = [(scene, caption.text) for scene, caption in held_out_prompts(args.count)]

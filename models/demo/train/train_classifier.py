@@ -122,7 +122,7 @@ def main() -> None:
     on = args.device == "cuda"
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=1e-3, weight_decay=0.02, fused=on)
     budget = Budget(optimizer, args.lr or 2e-3, args.seconds, args.max_steps, until=args.until)
-    log = Log("classifier", args.out, every=min(100, args.max_steps))
+    log = Log("classifier", args.out, every=min(100, args.max_steps), resume=args.resume)
     for step in budget.steps():
         rows = torch.randint(len(packed), (args.batch or 128,), device=args.device)
         video = damage(draw(packed, rows, frame_num=FRAMES).to(torch.bfloat16 if on else torch.float32))
@@ -140,7 +140,7 @@ def main() -> None:
     log.flush(step)
     save_weights(classifier, args.out / CHECKPOINT)
     classifier.eval()
-    count = 64 if args.max_steps < 1000 else 1024
+    count = 32 if args.max_steps < 1000 else 1024
     right = accuracies(classifier, args.device, count)
     print("classifier on held-out drawn clips:", {k: round(v, 4) for k, v in right.items()}, flush=True)
     log.save(held_out_accuracy=right)

@@ -1,17 +1,15 @@
-"""Trains both experts by flow matching, each on its own range of noise levels.
+"""Trains the experts by flow matching, each on its own range of noise levels.
 
-    python -m models.demo.train.train_experts
+    python -m models.demo.train.train_experts [--experts high low]
 
 First draws clips, encodes them by the frozen VAE and keeps the latents on the GPU, with several captions
-each as embeddings of the frozen text encoder. Then the experts take turns, a step each. One caption in
-ten is replaced by "", the negative prompt that inference feeds (reel.json says so).
+each as embeddings of the frozen text encoder. Two experts take turns, a step each; on two GPUs each may
+have one to itself. One caption in ten is replaced by "", the negative prompt that inference feeds
+(reel.json says so).
 """
 
 import argparse
-import json
-import random
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 
 from engine.dit import Block, DiT
 from models.demo.train import fast_vae
-from models.demo.train.captions import describe, held_out_prompts
+from models.demo.train.clips import CAPTIONS_EACH, Clips, draw_scenes, encode_clips
 from models.demo.train.common import (
     DIT,
     EMA,
@@ -30,23 +28,14 @@ from models.demo.train.common import (
     arguments,
     prepare,
     save_dit,
-    spread,
     update_reel_json,
-    wait_for,
 )
-from models.demo.train.fast_render import draw
-from models.demo.train.render import PackedScenes, pack
-from models.demo.train.sample import Sampler, load_expert, strip_sheet
-from models.demo.train.train_text import CHECKPOINT as TEXT_FILE
-from models.demo.train.train_text import load_tokens, tokenize
-from models.demo.train.train_vae import CHECKPOINT as VAE_FILE
-from models.demo.train.train_vae import encode
-from models.demo.train.world import sample_scenes
+from models.demo.train.graphs import Learn, record
+from models.demo.train.sample import Sampler, load_expert
 
 BOUNDARY, SHIFT, GUIDE = 0.875, 5.0, 3.0
 OVERLAP = 0.02  # each expert also sees a little beyond the boundary
 DROP = 0.1
-CAPTIONS_EACH = 4
 PLAIN_FORWARD = Block.forward
 FACTS = {
     "name": "demo",
@@ -64,58 +53,6 @@ FACTS = {
 }
 
 
-@dataclass
-class Clips:
-    """Latents of one size [N, 16, F, H, W] and embeddings [N, CAPTIONS_EACH, T, E], bf16."""
-
-    latents: Tensor
-    texts: Tensor
-
-
-def scenes_and_texts(job: tuple[int, int, Path]) -> tuple[PackedScenes, Tensor]:
-    """Training scenes of one seed, with the token ids of CAPTIONS_EACH captions of each."""
-    count, seed, folder = job
-    scenes = sample_scenes(count, seed)
-    rng = random.Random(f"experts-{seed}")
-    texts = [describe(scene, rng).text for scene in scenes for _ in range(CAPTIONS_EACH)]
-    return pack(scenes), tokenize(load_tokens(folder), texts).short()
-
-
-def draw_scenes(count: int, seed: int, folder: Path) -> tuple[PackedScenes, Tensor]:
-    """Scenes and their captions' ids, the same for any number of processes: 2000 a seed."""
-    jobs = [(min(2000, count - i), seed + i, folder) for i in range(0, count, 2000)]
-    parts = spread(scenes_and_texts, jobs)
-    return PackedScenes.join([packed for packed, _ in parts]), torch.cat([ids for _, ids in parts])
-
-
-@torch.no_grad()
-def encode_clips(
-    sampler: Sampler, drawn: tuple[PackedScenes, Tensor], frames: int, side: int, seconds: float
-) -> Clips:
-    """Latents and embeddings of the drawn scenes, or of as many as the time allows."""
-    packed, ids = drawn
-    packed = packed.to(sampler.device)
-    device, start, latents = sampler.device, time.monotonic(), []
-    size = 64 if side == 128 else 16
-    for rows in torch.arange(len(packed), device=device).split(size):
-        if time.monotonic() - start > seconds:
-            break
-        video = draw(packed, rows, frame_num=frames, height=side, width=side)
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            mean, _ = encode(sampler.vae, video)
-        latents.append(((mean - sampler.mean) / sampler.std).bfloat16().contiguous())
-        if device == "cuda":
-            torch.cuda.synchronize()
-    stacked = torch.cat(latents)
-    embedded = sampler.embed_ids(ids[: len(stacked) * CAPTIONS_EACH])
-    print(
-        f"{len(stacked)} clips of {frames} frames at {side} in {time.monotonic() - start:.1f} s; "
-        f"mean {stacked.float().mean():.3f}, std {stacked.float().std():.3f}",
-        flush=True,
-    )
-    return Clips(stacked, embedded.unflatten(0, (-1, CAPTIONS_EACH)))
-
-
 def noise_levels(count: int, high: bool, device: str) -> Tensor:
     """Sigmas of one expert's range, as dense as inference's steps at SHIFT: [count]."""
     top = (BOUNDARY + OVERLAP) if not high else 1.0
@@ -127,32 +64,55 @@ def noise_levels(count: int, high: bool, device: str) -> Tensor:
 
 
 class Expert:
-    """One model in training."""
+    """One model in training; on a GPU each size of clips has its step recorded."""
 
     def __init__(self, name: str, model: DiT, args: argparse.Namespace) -> None:
-        self.name, self.model = name, model
+        self.name, self.model, self.graphs = name, model, args.device == "cuda" and not args.no_graphs
         decay = [p for p in model.parameters() if p.dim() > 1]
         rest = [p for p in model.parameters() if p.dim() <= 1]
+
+        def rate() -> Tensor | float:
+            return torch.tensor(1e-3, device=args.device) if self.graphs else 1e-3
+
         self.optimizer = torch.optim.AdamW(
-            [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}],
-            lr=1e-3,
+            [
+                {"params": decay, "weight_decay": 0.01, "lr": rate()},
+                {"params": rest, "weight_decay": 0.0, "lr": rate()},
+            ],
             betas=(0.9, 0.98),
             fused=args.device == "cuda",
+            capturable=self.graphs,
         )
         self.budget = Budget(
             self.optimizer,
-            args.lr or (5e-4 if args.resume else 1.2e-3),
+            args.lr or (6e-4 if args.resume else 1.2e-3),
             args.seconds,
             args.max_steps,
             warmup_steps=200,
             until=args.until,
         )
-        self.ema = EMA(model, 0.997)
-        self.log = Log(name, args.out, every=min(200, args.max_steps))
-        self.steps = self.budget.steps()
+        self.ema = EMA(model, 0.999)
+        self.log = Log(name, args.out, every=min(500, args.max_steps), resume=args.resume)
+        self.recorded: dict[torch.Size, Learn] = {}
 
-    def learn(self, step: int, clips: Clips, batch: int, empty_TE: Tensor) -> None:
-        """One step of flow matching: predict noise minus video at a random noise level."""
+    def prepare(self, clips: Clips, batch: int, empty_TE: Tensor) -> None:
+        """Compile and record the step for clips of this size."""
+
+        def learn() -> dict[str, Tensor]:
+            return self._learn(clips, batch, empty_TE)
+
+        start = time.monotonic()
+        self.recorded[clips.latents.shape] = record(learn, self.optimizer) if self.graphs else learn
+        print(f"{self.name}: step of {batch} ready in {time.monotonic() - start:.1f} s", flush=True)
+
+    def learn(self, step: int, clips: Clips) -> None:
+        """One step of flow matching on clips that were prepared for."""
+        losses = self.recorded[clips.latents.shape]()
+        self.ema.update(step)
+        self.log.add(step, **losses)
+
+    def _learn(self, clips: Clips, batch: int, empty_TE: Tensor) -> dict[str, Tensor]:
+        """Predict noise minus video at random noise levels."""
         device = clips.latents.device
         rows = torch.randint(len(clips.latents), (batch,), device=device)
         video = clips.latents[rows].float()
@@ -163,39 +123,21 @@ class Expert:
         sigma = noise_levels(batch, self.name == "high", device.type)
         s = sigma.view(-1, 1, 1, 1, 1)
         noisy = (1 - s) * video + s * noise
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        self.optimizer.zero_grad(set_to_none=True)
+        on = device.type == "cuda"
+        with torch.autocast(device.type, torch.bfloat16, enabled=on, cache_enabled=False):
             flow = self.model(noisy, 1000 * sigma[:, None], self.model.encode_text(text))
             loss = (flow.float() - (noise - video)).square().mean()
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        self.ema.update(step)
-        self.log.add(step, loss=loss)
+        return {"loss": loss.detach()}
 
 
-def compiled_block() -> bool:
+def compile_blocks() -> None:
     """Have torch compile the transformer's block, once for all blocks of both experts."""
     torch._dynamo.config.recompile_limit = 32
     Block.forward = torch.compile(PLAIN_FORWARD, dynamic=False)  # type: ignore[method-assign]
-    return True
-
-
-def warm_up(experts: list[Expert], shapes: list[tuple[int, tuple[int, ...]]], device: str) -> None:
-    """Compile for each (batch, latents' shape) by a pass that teaches nothing."""
-    for batch, shape in shapes:
-        start = time.monotonic()
-        for expert in experts:
-            noisy = torch.randn(batch, DIT.in_channels, *shape, device=device)
-            text = torch.randn(batch, DIT.text_len, DIT.text_dim, device=device, dtype=torch.bfloat16)
-            time_B1 = torch.full((batch, 1), 500.0, device=device)
-            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-                flow = expert.model(noisy, time_B1, expert.model.encode_text(text))
-            flow.square().mean().backward()
-            expert.optimizer.zero_grad(set_to_none=True)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        print(f"experts: first pass for {batch} x {shape} in {time.monotonic() - start:.1f} s", flush=True)
 
 
 def save_experts(experts: list[Expert], folder: Path) -> None:
@@ -207,116 +149,71 @@ def save_experts(experts: list[Expert], folder: Path) -> None:
         save_dit(shipped, folder / f"{expert.name}_noise_model")
 
 
-def train(
-    experts: list[Expert], small: Clips, big: Clips | None, args: argparse.Namespace, empty: Tensor
-) -> None:
-    """Alternate the experts until both have used the (common) budget; save now and then."""
-    batch, saved = args.batch or 128, time.monotonic()
-    for steps in zip(*(expert.steps for expert in experts), strict=False):
-        for step, expert in zip(steps, experts, strict=True):
-            if big is not None and step % 16 == 15:
-                expert.learn(step, big, max(1, batch // 4), empty)
-            else:
-                expert.learn(step, small, batch, empty)
+def train(experts: list[Expert], small: Clips, big: Clips | None, args: argparse.Namespace) -> None:
+    """Take turns until the (common) budget is used; save now and then."""
+    saved = time.monotonic()
+    step = 0
+    for steps in zip(*(expert.budget.steps() for expert in experts), strict=False):
+        step = steps[0]
+        for expert in experts:
+            expert.learn(step, big if big is not None and step % 16 == 15 else small)
+        if step % 10 == 9 and args.device == "cuda":
+            torch.cuda.synchronize()  # or recorded steps queue up for seconds, and the clock knows nothing
         if time.monotonic() - saved > args.save_every:
             save_experts(experts, args.out)
             saved = time.monotonic()
-    for expert in experts:
-        expert.log.flush(steps[0])
-        expert.log.save(batch=batch, clips=len(small.latents))
     save_experts(experts, args.out)
+    for expert in experts:
+        expert.log.flush(step)
+        expert.log.save(batch=args.batch, clips=len(small.latents))
 
 
 def options() -> argparse.Namespace:
     """The command's flags."""
     parser = arguments(__doc__ or "", seconds=420)
+    parser.add_argument("--experts", nargs="+", choices=("high", "low"), default=["high", "low"])
     parser.add_argument("--no-compile", action="store_true", help="don't compile the blocks")
+    parser.add_argument("--no-graphs", action="store_true", help="launch every kernel of every step")
     parser.add_argument("--clips", type=int, default=60_000, help="clips of 17 frames at 128x128 to draw")
     parser.add_argument("--big-clips", type=int, default=3_000, help="clips of 33 frames at 192x192 to draw")
-    parser.add_argument("--cache-seconds", type=float, default=25, help="most time for encoding the clips")
+    parser.add_argument("--cache-seconds", type=float, default=40, help="most time for encoding the clips")
     parser.add_argument("--seed", type=int, default=SEED, help="of the clips; another one to resume with")
-    parser.add_argument("--evaluate", type=int, default=512, help="held-out captions to judge at the end")
     parser.add_argument("--save-every", type=float, default=60, help="seconds between saved states")
-    parser.add_argument("--wait-until", type=float, default=0, help="epoch second to wait for VAE and text")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.batch = args.batch or 128
+    return args
 
 
-def get_ready(args: argparse.Namespace) -> list[Expert]:
-    """The experts, compiled where that works."""
-    experts = []
-    for name in ("high", "low"):
-        model = load_expert(args.out, name, args.device) if args.resume else DiT(DIT)
-        if not args.resume:
-            model.init_weights()
-        experts.append(Expert(name, model.to(args.device), args))
-    batch = args.batch or 128
-    shapes = [(batch, (5, 16, 16))] + ([(max(1, batch // 4), (9, 24, 24))] if args.big_clips else [])
-    try:
-        if not args.no_compile:
-            compiled_block()
-        warm_up(experts, shapes, args.device)
-    except Exception as error:  # any fault of the compiler's: eager steps are slower, not wrong
-        print(f"experts: {error!r}; going on without compilation", flush=True)
-        Block.forward = PLAIN_FORWARD  # type: ignore[method-assign]
-        warm_up(experts, shapes, args.device)
-    return experts
+def cached_clips(args: argparse.Namespace) -> tuple[Clips, Clips | None, Tensor]:
+    """(clips at 17 x 128 x 128, clips at 33 x 192 x 192 if asked for, the empty prompt's embedding)."""
+    drawn = draw_scenes(args.clips, 1_000_000 + args.seed * 1000, args.out)
+    more = draw_scenes(args.big_clips, 2_000_000 + args.seed * 1000, args.out) if args.big_clips else None
+    prepare(args.device, args.seed)
+    sampler = Sampler(args.out, args.device)
+    small = encode_clips(sampler, drawn, 17, 128, args.cache_seconds * 0.8)
+    big = encode_clips(sampler, more, 33, 192, args.cache_seconds * 0.2) if more else None
+    return small, big, sampler.embed_raw([""])[0]
 
 
 def main() -> None:
-    """Cache, train, save, and show."""
+    """Cache, train, save."""
     args = options()
-    drawn = draw_scenes(args.clips, 1_000_000 + args.seed * 1000, args.out)
-    drawn_big = (
-        draw_scenes(args.big_clips, 2_000_000 + args.seed * 1000, args.out) if args.big_clips else None
-    )
-    prepare(args.device, args.seed)
     fast_vae.speed_up()
-    experts = get_ready(args)
-    until = args.wait_until or time.time()
-    for name in (VAE_FILE, TEXT_FILE):
-        if not wait_for(args.out / name, until):
-            raise SystemExit(f"experts: no {args.out / name}: train it first")
+    small, big, empty = cached_clips(args)
     update_reel_json(args.out, **FACTS)
-    sampler = Sampler(args.out, args.device)
-    try:
-        small = encode_clips(sampler, drawn, 17, 128, args.cache_seconds * 0.85)
-    except Exception as error:  # any fault of the fast layers': the engine's own are slower, not wrong
-        print(f"experts: {error!r}; encoding with the engine's layers", flush=True)
-        fast_vae.speed_up(False)
-        small = encode_clips(sampler, drawn, 17, 128, args.cache_seconds * 0.85)
-    big = encode_clips(sampler, drawn_big, 33, 192, args.cache_seconds * 0.15) if drawn_big else None
-    train(experts, small, big, args, sampler.embed_raw([""])[0])
-    del small, big
-    Block.forward = PLAIN_FORWARD  # type: ignore[method-assign]
-    report(args)
-
-
-def report(args: argparse.Namespace) -> None:
-    """Judge what was saved on held-out captions, and draw a sheet; results.json grows as it goes."""
-
-    def note(name: str, scores: dict[str, float]) -> None:
-        results[name] = scores
-        print(f"experts: {name}:", scores, flush=True)
-        (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-
-    pairs = [(scene, caption.text) for scene, caption in held_out_prompts(args.evaluate)]
-    if not pairs:
-        return
-    sampler = Sampler(args.out, args.device)
-    high, low = (load_expert(args.out, name, args.device).eval() for name in ("high", "low"))
-    results: dict[str, dict[str, float]] = {}
-    clips, scores = sampler.run(high, low, pairs, shift=SHIFT, guide=(GUIDE, GUIDE))
-    note(f"{len(pairs)} held-out captions, guide {GUIDE:g}", scores)
-    count = min(32, len(pairs))
-    strip_sheet(clips[:count], [text for _, text in pairs[:count]], args.out / "sheet.png")
-    note("held-out drawn clips after the VAE", sampler.judge_drawn([scene for scene, _ in pairs]))
-    scenes = sample_scenes(min(256, args.evaluate), SEED + 77)
-    rng = random.Random(SEED)
-    known = [(scene, describe(scene, rng, complete=True).text) for scene in scenes]
-    for guide in (GUIDE, 2.0, 4.5):  # on training's captions: the default may be chosen by these
-        if not args.until or time.time() < args.until + 30:
-            _, scores = sampler.run(high, low, known, shift=SHIFT, guide=(guide, guide))
-            note(f"{len(known)} captions of training's kind, guide {guide:g}", scores)
+    if not args.no_compile:
+        compile_blocks()
+    experts = []
+    for name in args.experts:
+        model = load_expert(args.out, name, args.device) if args.resume else DiT(DIT)
+        if not args.resume:
+            model.init_weights()
+        expert = Expert(name, model.to(args.device), args)
+        expert.prepare(small, args.batch, empty)
+        if big is not None:
+            expert.prepare(big, max(1, args.batch // 4), empty)
+        experts.append(expert)
+    train(experts, small, big, args)
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ def main() -> None:
         fused=args.device == "cuda",
     )
     budget = Budget(optimizer, args.lr or 1.5e-3, args.seconds, args.max_steps, until=args.until)
-    log = Log("text", args.out, every=min(100, args.max_steps))
+    log = Log("text", args.out, every=min(100, args.max_steps), resume=args.resume)
     for step in budget.steps():
         rows = torch.randint(len(ids), (args.batch or 512,), device=args.device)
         mask = (ids[rows] != 0).long()

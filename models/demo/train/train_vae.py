@@ -7,10 +7,10 @@ are measured at the end and written to reel.json.
 """
 
 import argparse
+import random
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.vae import VAE
@@ -29,13 +29,15 @@ from models.demo.train.common import (
     update_reel_json,
 )
 from models.demo.train.fast_render import draw, render
+from models.demo.train.graphs import Learn, record
 from models.demo.train.render import PackedScenes, pack
 from models.demo.train.world import sample_scenes
 
-KL_WEIGHT = 5e-5
+KL_WEIGHT = 2e-5
+SQUARE_WEIGHT = 4.0  # of the squared error, beside the absolute one
 STD_FLOOR = 0.25  # of the largest channel's: channels that carry nothing must not be blown up to noise
 CHECKPOINT = "Wan2.1_VAE.pth"
-WHOLE_FROM = 0.6  # share of the budget after which whole clips are shown
+WHOLE_FROM = 0.75  # share of the budget after which whole clips are shown
 
 
 def lay_out(x: Tensor) -> Tensor:
@@ -45,42 +47,21 @@ def lay_out(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last_3d if x.dim() == 5 else torch.channels_last)
 
 
-class LongStream(Stream):
-    """Memory for two long chunks, in the GPU's layout."""
-
-    def remember(self, layer: nn.Module, x_BCTHW: Tensor, frames: int) -> Tensor:
-        """As Stream.remember."""
-        past = self.past.get(layer)
-        x = F.pad(x_BCTHW, (0, 0, 0, 0, frames, 0)) if past is None else torch.cat((past, x_BCTHW), dim=2)
-        x = lay_out(x)
-        self.past[layer] = x[:, :, -frames:]
-        return x
-
-
 def encode(vae: VAE, video_B3THW: Tensor) -> tuple[Tensor, Tensor]:
-    """`vae.encode_moments` in two chunks, the first frame and all the others: the same, in fewer launches."""
-    if fast_vae.is_on():
-        moments = vae.conv1(vae.encoder.stream(lay_out(video_B3THW), Stream()))
-        mean, log_variance = moments.float().chunk(2, dim=1)
-        return mean, log_variance.clamp(-30, 20)
-    stream, chunks = LongStream(), []
-    for chunk in video_B3THW.split([1, video_B3THW.shape[2] - 1], dim=2):
-        chunks.append(vae.encoder.stream(lay_out(chunk), stream))
-        stream.first = False
-    mean, log_variance = vae.conv1(torch.cat(chunks, dim=2)).float().chunk(2, dim=1)
+    """`vae.encode_moments`; with the fast layers the whole video goes through at once."""
+    if not fast_vae.is_on():
+        mean, log_variance = vae.encode_moments(video_B3THW)
+        return mean.float(), log_variance.float().clamp(-30, 20)
+    moments = vae.conv1(vae.encoder.stream(lay_out(video_B3THW), Stream()))
+    mean, log_variance = moments.float().chunk(2, dim=1)
     return mean, log_variance.clamp(-30, 20)
 
 
 def decode(vae: VAE, z_BCFHW: Tensor) -> Tensor:
-    """The decoder on latents that are not normalised, in two chunks likewise."""
-    z = vae.conv2(z_BCFHW)
-    if fast_vae.is_on():
-        return vae.decoder.stream(lay_out(z), Stream()).float()
-    stream, chunks = LongStream(), []
-    for chunk in z.split([1, z.shape[2] - 1], dim=2):
-        chunks.append(vae.decoder.stream(lay_out(chunk), stream))
-        stream.first = False
-    return torch.cat(chunks, dim=2).float()
+    """The decoder on latents that are not normalised, likewise."""
+    if not fast_vae.is_on():
+        return vae.decode(z_BCFHW).float()
+    return vae.decoder.stream(lay_out(vae.conv2(z_BCFHW)), Stream()).float()
 
 
 def load_vae(folder: Path, device: str) -> VAE:
@@ -101,15 +82,16 @@ def to_device(vae: VAE, device: str) -> VAE:
 
 
 def draw_batch(packed: PackedScenes, size: int, whole: bool) -> Tensor:
-    """`size` crops of nine frames and 64x64 pixels, or whole clips for about the same work."""
+    """`size` crops of nine frames and 64x64 pixels of either size, or whole clips for about the same work."""
     device = packed.spec.device
     count = max(size // 8, 1) if whole else size
     rows = torch.randint(len(packed), (count,), device=device)
     if whole:
         return draw(packed, rows)
-    first = torch.randint(9, (count, 1), device=device)
-    corners = torch.cat((first, torch.randint(65, (count, 2), device=device)), dim=1)
-    return draw(packed, rows, corners, (9, 64, 64))
+    frames, side = (33, 192) if random.random() < 0.25 else (17, 128)
+    first = torch.randint(frames - 8, (count, 1), device=device)
+    corners = torch.cat((first, torch.randint(side - 63, (count, 2), device=device)), dim=1)
+    return draw(packed, rows, corners, (9, 64, 64), frame_num=frames, height=side, width=side)
 
 
 def losses(vae: VAE, video: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -120,7 +102,7 @@ def losses(vae: VAE, video: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     absolute, square = error.abs().mean(), error.square().mean()
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    total = absolute + 2 * square + 0.5 * edges + KL_WEIGHT * kl
+    total = absolute + SQUARE_WEIGHT * square + 0.5 * edges + KL_WEIGHT * kl
     return total, {"absolute": absolute, "square": square, "kl": kl}
 
 
@@ -167,18 +149,18 @@ class Trainer:
             fused=device == "cuda",
             capturable=graphs,
         )
-        self.recorded: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, dict[str, Tensor]]] = {}
+        self.recorded: dict[torch.Size, tuple[Tensor, Learn]] = {}
 
     def __call__(self, video: Tensor) -> dict[str, Tensor]:
         """Learn from a batch; its losses."""
         if not self.graphs:
             return self._learn(video)
         if video.shape not in self.recorded:
-            self.recorded[video.shape] = self._record(video)
-        graph, place, parts = self.recorded[video.shape]
+            place = video.clone()
+            self.recorded[video.shape] = place, record(lambda: self._learn(place), self.optimizer)
+        place, replay = self.recorded[video.shape]
         place.copy_(video)
-        graph.replay()
-        return parts
+        return replay()
 
     def _learn(self, video: Tensor) -> dict[str, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
@@ -189,20 +171,6 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         return {name: value.detach() for name, value in parts.items()}
-
-    def _record(self, video: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, dict[str, Tensor]]:
-        place = video.clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles and picks algorithms, outside the recording
-            for _ in range(3):
-                self._learn(place)
-        torch.cuda.current_stream().wait_stream(side)
-        self.optimizer.zero_grad(set_to_none=True)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            parts = self._learn(place)
-        return graph, place, parts
 
 
 def save(vae: VAE, folder: Path) -> None:
@@ -225,17 +193,17 @@ def main() -> None:
     fast_vae.speed_up(args.mode != "plain")
     vae = load_vae(args.out, args.device) if args.resume else to_device(VAE(VAE_CONFIG), args.device)
     tiny = args.max_steps < 1000
-    packed = pack(sample_scenes(64 if tiny else 12_000, SEED + 4)).to(args.device)
+    packed = pack(sample_scenes(16 if tiny else 12_000, SEED + 4)).to(args.device)
     trainer = Trainer(vae, args.device, args.mode == "graph" and args.device == "cuda", args.decoder_only)
     rate = args.lr or (5e-4 if args.resume else 1e-3)
     budget = Budget(trainer.optimizer, rate, args.seconds, args.max_steps, until=args.until)
-    log = Log("vae", args.out, every=min(100, args.max_steps))
+    log = Log("vae", args.out, every=min(100, args.max_steps), resume=args.resume)
     for step in budget.steps():
         log.add(step, **trainer(draw_batch(packed, args.batch or 24, budget.done > WHOLE_FROM)))
         if step % 10 == 9 and args.device == "cuda":
             torch.cuda.synchronize()  # or recorded steps queue up for seconds, and the clock knows nothing
     log.flush(step)
-    publish(vae, args, packed[: 32 if tiny else 768], log, tiny)
+    publish(vae, args, packed[: 4 if tiny else 768], log, tiny)
 
 
 def publish(vae: VAE, args: argparse.Namespace, packed: PackedScenes, log: Log, tiny: bool) -> None:
@@ -249,7 +217,7 @@ def publish(vae: VAE, args: argparse.Namespace, packed: PackedScenes, log: Log, 
         update_reel_json(args.out, latent_mean=mean, latent_std=std)
     (draft / CHECKPOINT).replace(args.out / CHECKPOINT)  # last: who waits for it finds the rest
     draft.rmdir()
-    value = measure(vae, args.device, 16 if tiny else 128)
+    value = measure(vae, args.device, 2 if tiny else 128)
     print(f"vae: {value:.2f} dB on held-out clips", flush=True)
     log.save(held_out_psnr_db=value)
 
