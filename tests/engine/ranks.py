@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine import fused, tiny
+from engine import fused, tiny, vae_fused
 from engine.attention import Overlap
 from engine.conditioning import Conditioning
 from engine.config import Canceled, Progress, VAEConfig
@@ -21,6 +21,7 @@ from engine.requests import resolve
 from engine.text_encoder import TextEncoder
 from engine.tracker import Tracker
 from engine.vae import VAE
+from engine.vae_blocks import Space, WholeFrame
 from tests.engine.sinks import Frames
 
 LAYOUTS = {2: ("2x1", "1x2"), 4: ("2x2", "1x4"), 8: ("2x4", "1x8")}
@@ -44,6 +45,7 @@ VARIANTS = {
     world: [name for name in FUSED if world < 8 or name.endswith(("plain", "all"))] for world in LAYOUTS
 }
 # (kind, latents' rows, columns): cut along columns and along rows, evenly by few worlds only.
+IN_HALF = "2.2"  # the kind that also runs in fp16, which takes long on a CPU
 VAES = (("2.1", 3, 9), ("2.1", 10, 4), ("2.2", 2, 9))
 CHECKS = ("frames", "cancel", "split", "heads", "text")
 
@@ -89,6 +91,19 @@ def vae_inputs(kind: str, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     unit = 16 if kind == "2.2" else 8
     latents = torch.randn(1, 4, 3, rows, columns, generator=generator)
     return latents, torch.rand(1, 3, 5, rows * unit, columns * unit, generator=generator) * 2 - 1
+
+
+def collect_video(vae: VAE, latents: Tensor, space: Space | None = None) -> Tensor:
+    """The decoded video on rank 0, something else on the others."""
+    space = space or WholeFrame()
+    chunks = [space.collect(chunk) for chunk in vae.decode_chunks(latents, space)]
+    return torch.cat([chunk for chunk in chunks if chunk is not None] or [latents], dim=2)
+
+
+def fused_video(vae: VAE, latents: Tensor, space: Space | None = None) -> Tensor:
+    """The same by the decoder that GPUs run."""
+    with mock.patch.object(vae_fused, "applies", return_value=True):
+        return collect_video(vae, latents, space)
 
 
 def check_frames(pipeline: Pipeline) -> bool:
@@ -194,9 +209,12 @@ def run_world(rank: int, world: int, folder: Path, checkpoint: Path) -> None:
         with torch.inference_mode():
             name = f"vae {kind} {rows}x{columns}"
             found[f"{name} latents"] = vae.encode(video, space)
-            chunks = [space.collect(chunk) for chunk in vae.decode_chunks(latents, space)]
+            decoded = {"video": collect_video(vae, latents, space)}
+            decoded["fused video"] = fused_video(vae, latents, space)
+            if kind == IN_HALF:
+                decoded["fp16 video"] = fused_video(vae.half(), latents.half(), space)
         if rank == 0:
-            found[f"{name} video"] = torch.cat(chunks, dim=2)
+            found |= {f"{name} {which}": video for which, video in decoded.items()}
     checks = {
         "frames": check_frames(pipeline),
         "cancel": check_cancel(pipeline),
