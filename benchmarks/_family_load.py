@@ -16,7 +16,7 @@ from engine.checkpoint_writer import write_expert
 from engine.config import DiTConfig
 from engine.dit import DiT, stays_fp32
 from engine.transfer import THREADS, Meter
-from engine.weights import load_into, safetensors_files, scan
+from engine.weights import Reader, safetensors_files, scan
 
 SHARDS = 12
 ROUNDS = 3  # at the most
@@ -107,10 +107,9 @@ def loading_rate(bench: Bench, folder: Path, config: Any) -> float:
     with torch.device("meta"):
         model = DiT(config)
     with meter.running():
-        load_into(
-            model, entries, device=bench.device, meter=meter,
-            dtype_of=lambda name: torch.float32 if stays_fp32(name) else bench.dtype,
-        )  # fmt: skip
+        Reader(bench.device, meter=meter).fill(
+            model, entries, lambda name: torch.float32 if stays_fp32(name) else bench.dtype
+        )
     name = "blocks.0.ffn.2.weight"
     with safe_open(entries[name].path, framework="pt") as file:
         expected = file.get_tensor(name).to(bench.dtype)

@@ -18,6 +18,7 @@ from engine.dit import Block
 from engine.rope import axis_dims
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+AttendAll = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # and how many keys are real
 
 
 def complex_rope(grid: tuple[int, int, int], head: int, tokens: int, device: torch.device) -> Tensor:
@@ -47,8 +48,11 @@ def official_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class OfficialBlock:
     """The official forward of one block, over another block's weights."""
 
-    def __init__(self, block: Block, attend: Attend, cross_attend: Attend, factors: Tensor) -> None:
+    def __init__(
+        self, block: Block, attend: AttendAll, cross_attend: Attend, factors: Tensor, length: int
+    ) -> None:
         self.block, self.attend, self.cross_attend, self.factors = block, attend, cross_attend, factors
+        self.length = length  # of the whole sequence
         dtype = block.self_attn.q.weight.dtype
         attn, cross = block.self_attn, block.cross_attn
         # The official weights are all of one dtype.
@@ -65,12 +69,13 @@ class OfficialBlock:
 
     def __call__(self, x: Tensor, e_1L6D: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
         """x [1, L, D] fp32, e [1, L, 6, D] fp32 -> x."""
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            with torch.autocast("cuda", enabled=False):
+        device = x.device.type
+        with torch.autocast(device, dtype=torch.bfloat16):
+            with torch.autocast(device, enabled=False):
                 e = (self.modulation.unsqueeze(0).float() + e_1L6D).chunk(6, dim=2)
             y = F.layer_norm(x.float(), x.shape[-1:], eps=self.block.eps).type_as(x).float()
             y = self.self_attention(y * (1 + e[1].squeeze(2)) + e[0].squeeze(2))
-            with torch.autocast("cuda", enabled=False):
+            with torch.autocast(device, enabled=False):
                 x = x + y.float() * e[2].squeeze(2)
             x = x + self.cross_attention(x, text)
             return self.feed_forward(x, e)
@@ -83,7 +88,7 @@ class OfficialBlock:
         q = official_norm(q, self.norm_q, eps).view(shape)
         k = official_norm(k, self.norm_k, eps).view(shape)
         q, k, v = rotate(q, self.factors).bfloat16(), rotate(k, self.factors).bfloat16(), v.view(shape)
-        o = self.attend(q, k, v).flatten(2)
+        o = self.attend(q, k, v, self.length).flatten(2)
         return attn.o(o)
 
     def cross_attention(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
@@ -103,5 +108,5 @@ class OfficialBlock:
         y = self.block.ffn[0](y)
         y = F.gelu(y, approximate="tanh")
         y = self.block.ffn[2](y)
-        with torch.autocast("cuda", enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return x + y.float() * e[5].squeeze(2)

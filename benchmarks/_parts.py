@@ -7,20 +7,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import UMT5EncoderModel
 
 from benchmarks._layouts import Bench, Contestant
+from benchmarks._random_vae import random_vae
 from benchmarks._text_shards import shard_encoder
 from benchmarks._together import shared, together
-from engine.config import VAEConfig
 from engine.parallel.exchange import Traffic
 from engine.parallel.frames import StripedFrame
 from engine.parallel.text import broadcast_texts
 from engine.pipeline import to_uint8
-from engine.specs import LATENT_MEAN_21, LATENT_STD_21
 from engine.umt5 import umt5_config
-from engine.vae import VAE
 from engine.vae_blocks import Space, WholeFrame
 from kernels.qk_norm_rope import SendLayout
 
@@ -48,19 +46,6 @@ def link(bench: Bench, parts: int, transport: str, seconds: float) -> dict[str, 
         "transport": transport,
         "share_of": parts,
     }
-
-
-def random_vae(device: torch.device) -> VAE:
-    """The A14B models' VAE with random weights in fp16; on a CPU a narrow one in fp32."""
-    cuda = device.type == "cuda"
-    torch.manual_seed(0)
-    config = VAEConfig("2.1", 96 if cuda else 8, 96 if cuda else 8, 16, LATENT_MEAN_21, LATENT_STD_21)
-    with torch.device(device):
-        vae = VAE(config)
-        for parameter in vae.parameters():
-            if parameter.ndim > 1 and parameter.shape[0] > 1 and parameter[0].numel() > 1:
-                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-    return vae.to(torch.float16 if cuda else torch.float32).requires_grad_(False).eval()
 
 
 def vae(bench: Bench, seconds: float, frames: int, rows: int, columns: int) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def random_pipeline(
     on_cpu = step >= RUNGS.index("text")
     fill(text.umt5, torch.device("cpu") if on_cpu else device, dtype)
     text.umt5.encoder.embed_tokens.weight = text.umt5.shared.weight
-    encoder: PromptEncoder = HostTextEncoder(text, shape.dit.text_dim, mesh, device) if on_cpu else text
+    encoder: PromptEncoder = HostTextEncoder(text, shape.dit.text_dim, device) if on_cpu else text
     attends = (pick_attend(kind, dtype, shape.dit.head_dim, device) for kind in ("self", "cross"))  # type: ignore[arg-type]
     high, low = experts[0], experts[1] if shape.experts > 1 else None
     pipeline = Pipeline(shape.spec, encoder, high, low, vae, mesh, device, *attends)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ would bring is a fixed random tensor of the right shape, the same for every cont
 Shapes: L tokens here, D model width, H heads, K head dimension, G heads in self-attention, R ranks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +17,14 @@ from torch import Tensor
 from benchmarks._measure import Step
 from benchmarks._official import OfficialBlock, complex_rope
 from engine import fused
+from engine.attention import QKV, Overlap
 from engine.config import DiTConfig
 from engine.dit import Block
 from engine.rope import rope_table
 from kernels import gemm
 from kernels.attention import choose
 from kernels.attention.backends import BACKENDS
+from kernels.qk_norm_rope import SendLayout
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 CONFIGS = {
@@ -79,38 +81,67 @@ def library(name: str) -> Attend:
 
 
 class ShareSequence:
-    """Stands for the rank's place among `share` ranks: attention runs on what the others would send."""
+    """Stands for the rank's place among `share` ranks: attention runs on what the others would send.
+
+    Of an `engine.attention.Sequence` it has what a block asks for. q, k and v are projected in one product,
+    as the engine does where two guidance passes hide each other's transfers.
+    """
+
+    overlap = Overlap(split_qkv=False, interleave=False)
 
     def __init__(self, inputs: "Inputs", attend: Attend, cross_attend: Attend) -> None:
         self.inputs, self.attend, self.cross = inputs, attend, cross_attend
         self.ranks = inputs.share.share
 
+    def begin(self, shape: tuple[int, int, int, int], like: Tensor, lane: int = 0) -> "ShareRun":
+        """A self-attention of the engine's fused block."""
+        return ShareRun(self, shape)
+
     def attend_by_rank(self, q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
         """[1, L, D] of attention's output; with one rank over q, k, v themselves."""
         if self.ranks > 1:
             q, k, v = self.inputs.received
-        else:
-            q, k, v = q[0], k[0], v[0]
         return self.attend(q, k[:, :length], v[:, :length]).reshape(1, self.inputs.share.tokens, -1)
 
-    def self_attention(self, q: Tensor, k: Tensor, v: Tensor, length: int = 0) -> Tensor:
+    def self_attention(self, q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
         """The same for the plain blocks' layout, [1, L, H, K]."""
-        o = self.attend(*((q, k, v) if self.ranks == 1 else self.inputs.received))
-        return o.reshape(q.shape)
+        return self.attend_by_rank(q, k, v, length).view(q.shape)
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention over the text."""
         return self.cross(q, k, v)
 
 
+class ShareRun:
+    """See `engine.attention.AttentionRun`: what is sent stays here, what would come is there already."""
+
+    def __init__(self, sequence: ShareSequence, shape: tuple[int, int, int, int]) -> None:
+        self.layout = SendLayout.of(shape[2], sequence.ranks)
+        self._sequence, self._shape = sequence, shape
+        self._sent: dict[QKV, Tensor] = {}
+
+    def send(self, name: QKV, x: Tensor, packed: bool = True) -> None:
+        """Keep it."""
+        self._sent[name] = x.view(self._shape)
+
+    def attend(self, length: int) -> None:
+        """Over the other ranks' tokens, or with one rank over its own."""
+        q, k, v = (self._sent.pop(name) for name in ("q", "k", "v"))
+        self._out = self._sequence.attend_by_rank(q, k, v, length)
+
+    def outputs(self) -> Iterator[tuple[slice, Tensor]]:
+        """All of it."""
+        yield slice(0, self._shape[2] * self._shape[3]), self._out
+
+
 class Inputs:
     """Random weights and activations of one share, bf16 with an fp32 residual."""
 
-    def __init__(self, share: Share, seed: int = 0) -> None:
+    def __init__(self, share: Share, seed: int = 0, device: str = "cuda") -> None:
         torch.manual_seed(seed)
-        device, config = torch.device("cuda"), share.config
-        self.share, self.device = share, device
-        with torch.device(device):
+        config = share.config
+        self.share, self.device = share, torch.device(device)
+        with self.device:
             self.block = Block(config).to(torch.bfloat16).requires_grad_(False)
             for module in (self.block.norm3, self.block.self_attn.norm_q, self.block.self_attn.norm_k):
                 module.float()
@@ -123,7 +154,7 @@ class Inputs:
             self.text = (text[0], text[1])
             received = torch.randn(3, 1, share.tokens * share.share, share.heads, head).bfloat16()
             self.received = (received[0], received[1], received[2])
-        cos, sin = rope_table(share.grid, head, device)
+        cos, sin = rope_table(share.grid, head, self.device)
         self.rope = (cos[: share.tokens].contiguous(), sin[: share.tokens].contiguous())
 
 
@@ -132,7 +163,7 @@ def official(inputs: Inputs, attend: Attend) -> Step:
     share = inputs.share
     factors = complex_rope(share.grid, share.config.head_dim, share.tokens, inputs.device)
     sequence = ShareSequence(inputs, attend, attend)
-    block = OfficialBlock(inputs.block, sequence.self_attention, attend, factors)
+    block = OfficialBlock(inputs.block, sequence.self_attention, attend, factors, share.total)
     e_1L6D = inputs.e.expand(1, share.tokens, 6, -1).contiguous()
     return lambda: block(inputs.x, e_1L6D, inputs.text)
 
@@ -141,6 +172,22 @@ def own_sequence(inputs: Inputs) -> ShareSequence:
     """The share with the attention that the engine would choose."""
     dtype, head, device = torch.bfloat16, inputs.share.config.head_dim, inputs.device
     return ShareSequence(inputs, choose("self", dtype, head, device), choose("cross", dtype, head, device))
+
+
+def run_fused(inputs: Inputs, stream: fused.Stream, sequence: ShareSequence) -> None:
+    """The engine's fused block on the stream, to its end (it stops where data would be on its way)."""
+    total = inputs.share.total
+    block = fused.run_block(
+        inputs.block,
+        stream,
+        inputs.e,
+        0,
+        inputs.rope,
+        inputs.text,
+        sequence,
+        total,  # type: ignore[arg-type]
+    )
+    fused.take_turns([block])
 
 
 def ours(inputs: Inputs) -> Step:
@@ -152,9 +199,7 @@ def ours(inputs: Inputs) -> Step:
     def step() -> Tensor:
         stream = fused.Stream(inputs.x)
         stream.add(branch, gate)
-        fused.run_block(
-            inputs.block, stream, inputs.e, 0, inputs.rope, inputs.text, sequence, inputs.share.total
-        )
+        run_fused(inputs, stream, sequence)
         assert stream.pending is not None
         return stream.pending
 
@@ -184,7 +229,8 @@ def compiled(inputs: Inputs, attend: Attend, cross_attend: Attend) -> Step:
             x = torch.stack((even * c - odd * s, even * s + odd * c), dim=-1)
             parts.append(x.view(1, -1, ranks, heads // ranks, config.head_dim).bfloat16())
         parts.append(qkv[..., 2 * dim :].view(1, -1, ranks, heads // ranks, config.head_dim))
-        return torch.stack([x.permute(2, 0, 1, 3, 4) for x in parts])
+        # One rank's q, k and v are [1, L, H, K]; for more they lie rank by rank, as they are sent.
+        return torch.stack([x[:, :, 0] if ranks == 1 else x.permute(2, 0, 1, 3, 4) for x in parts])
 
     @torch.compile
     def joined(x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

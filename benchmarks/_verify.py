@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor
 
-from benchmarks._variants import Inputs, Share, ShareSequence, library, own_sequence
+from benchmarks._variants import Inputs, Share, ShareSequence, library, own_sequence, run_fused
 from engine import fused
 from kernels.attention import choose, reference
 from kernels.norm_modulate import Norm
@@ -54,7 +54,7 @@ def check_block(model: str) -> str:
     exact_sequence = ShareSequence(inputs, library("sdpa"), library("sdpa"))
     with torch.no_grad():
         stream = fused.Stream(inputs.x)
-        fused.run_block(inputs.block, stream, inputs.e, 0, inputs.rope, inputs.text, sequence, length)
+        run_fused(inputs, stream, sequence)
         zero = torch.zeros(1, 1, inputs.x.shape[-1], device=inputs.device)
         stream.read(Norm(zero, zero, 1e-6), torch.bfloat16)
         plain = inputs.block(inputs.x, inputs.e, 0, inputs.rope, inputs.text, sequence, length)

@@ -89,17 +89,23 @@ def table(report: dict[str, Any], device: str) -> str:
     lines = [
         f"### {share['model']} {share['size']}, share of {share['share']} on {device}",
         "",
-        "| contestant | ms | to official FA2 | attention | products | other | MHz | W |",
-        "|---|---|---|---|---|---|---|---|",
+        "| contestant | ms | to official FA2 | to compiled | attention | products | other | MHz | W |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     problem = trusted(report, device)
     base = report["results"].get("official, FlashAttention-2", {}).get("ms", math.nan)
+    compiled = min((r["ms"] for n, r in report["results"].items() if "compiled" in n), default=math.nan)
     for name, r in report["results"].items():
+        less = (
+            "-"
+            if math.isnan(compiled) or name.startswith(("official", "compiled"))
+            else f"{100 * (compiled / r['ms'] - 1):+.1f} %"
+        )
         ratio = "-" if problem or math.isnan(base) else f"{base / r['ms']:.2f} x"
         attention, products = (r["parts"].get(k, 0.0) for k in ("attention", "products"))
         other = sum(r["parts"].values()) - attention - products
         lines.append(
-            f"| {name} | {r['ms']:.2f} | {ratio} | {attention:.2f} | {products:.2f} | {other:.2f} "
+            f"| {name} | {r['ms']:.2f} | {ratio} | {less} | {attention:.2f} | {products:.2f} | {other:.2f} "
             f"| {r['clock_mhz']:.0f} | {r['power_w']:.0f} |"
         )
     return "\n".join([*lines, *([f"\n{problem}"] if problem else []), "", *report["checks"]])

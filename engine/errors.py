@@ -18,7 +18,11 @@ class RequestError(EngineError, ValueError):
 
 
 class OutOfMemory(EngineError):
-    """The device ran out of memory in the middle of a request; the engine is ready for the next one."""
+    """The device ran out of memory in the middle of a request.
+
+    One rank alone is ready for the next one. Of several, the others are lost to it (RankLost): the group
+    must be made anew, which keeps its weights where its processes live on.
+    """
 
 
 class RankLost(EngineError):

@@ -18,7 +18,7 @@ from engine.parallel.mesh import Mesh
 from engine.text_encoder import TextEncoder, load_tokenizer
 from engine.transfer import Meter
 from engine.umt5 import config_from_shapes, official_name
-from engine.weights import check, expected_shapes, load_into
+from engine.weights import Reader, check, expected_shapes
 
 log = logging.getLogger(__name__)
 C = TypeVar("C")
@@ -62,13 +62,13 @@ class Loader:
         encoder = make_text_encoder(layout, dit)
         check(expected_shapes(encoder.umt5), layout.text.entries)
         if on_cpu and self.mesh.rank > 0:
-            return HostTextEncoder(None, dit.text_dim, self.mesh, self.device)
+            return HostTextEncoder(None, dit.text_dim, self.device)
         place = torch.device("cpu") if on_cpu else self.device
         mesh = Mesh.single() if on_cpu else self.mesh
         self._fill("text encoder", encoder.umt5, layout.text, lambda _: self.dtype, place, mesh)
         encoder.umt5.encoder.embed_tokens.weight = encoder.umt5.shared.weight
         encoder.eval()
-        return HostTextEncoder(encoder, dit.text_dim, self.mesh, self.device) if on_cpu else encoder
+        return HostTextEncoder(encoder, dit.text_dim, self.device) if on_cpu else encoder
 
     def part(
         self,
@@ -92,22 +92,15 @@ class Loader:
         check(expected_shapes(expert), part.entries)
         pieces: list[tuple[str, nn.Module]] = [(f"blocks.{i}", b) for i, b in enumerate(expert.blocks)]
         pieces += [(name, child) for name, child in expert.named_children() if name != "blocks"]
-        meter, total = Meter(), sum(entry.size for entry in part.entries.values())
-        with meter.running():
+        reader = self._reader(part.folder.name, part, self.device, self.mesh)
+        with reader.meter.running():
             for prefix, module in pieces:
                 start = f"{prefix}."
-                load_into(
-                    module,
-                    {n.removeprefix(start): e for n, e in part.entries.items() if n.startswith(start)},
-                    device=self.device,
-                    dtype_of=lambda name, start=start: self._expert_dtype(start + name),  # type: ignore[misc]
-                    mesh=self.mesh,
-                    on_bytes=lambda came: self.on_bytes(part.folder.name, came, total),
-                    meter=meter,
-                )
+                entries = {n.removeprefix(start): e for n, e in part.entries.items() if n.startswith(start)}
+                reader.fill(module, entries, lambda name, start=start: self._expert_dtype(start + name))  # type: ignore[misc]
                 if isinstance(module, Block):
                     keeper.shard(module)
-        _log_rate(part.folder.name, part, meter)
+        _log_rate(part.folder.name, part, reader.meter)
         expert.keeper = keeper
         return expert.requires_grad_(False).eval()
 
@@ -120,18 +113,15 @@ class Loader:
         device: torch.device,
         mesh: Mesh,
     ) -> None:
-        meter, total = Meter(), sum(entry.size for entry in part.entries.values())
-        with meter.running():
-            load_into(
-                model,
-                part.entries,
-                device=device,
-                dtype_of=dtype_of,
-                mesh=mesh,
-                on_bytes=lambda came: self.on_bytes(label, came, total),
-                meter=meter,
-            )
-        _log_rate(label, part, meter)
+        reader = self._reader(label, part, device, mesh)
+        with reader.meter.running():
+            reader.fill(model, part.entries, dtype_of)
+        _log_rate(label, part, reader.meter)
+
+    def _reader(self, label: str, part: Part, device: torch.device, mesh: Mesh) -> Reader:
+        """What reads one part, and tells of its progress."""
+        total = sum(entry.size for entry in part.entries.values())
+        return Reader(device, mesh, lambda came: self.on_bytes(label, came, total))
 
     def _expert_dtype(self, tensor: str) -> torch.dtype:
         return torch.float32 if stays_fp32(tensor) else self.dtype

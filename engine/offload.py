@@ -1,6 +1,6 @@
 """Weights that don't all stay on the GPU: what the rungs of `engine.memory` do."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol, cast
 
 import torch
@@ -19,21 +19,24 @@ from engine.text_encoder import TextEncoder
 class PromptEncoder(Protocol):
     """What a pipeline asks of its text encoder."""
 
-    def encode(self, prompt: str) -> Tensor:
-        """[T, E] embeddings on the pipeline's device."""
+    def encode_all(self, prompts: Sequence[str], mesh: Mesh) -> list[Tensor]:
+        """[T, E] embeddings of each prompt, on the device of every rank; a collective call of the mesh."""
         ...
 
 
 class HostTextEncoder:
     """The text encoder on the CPU of rank 0, which sends what it computes to the other ranks."""
 
-    def __init__(self, encoder: TextEncoder | None, width: int, mesh: Mesh, device: torch.device) -> None:
+    def __init__(self, encoder: TextEncoder | None, width: int, device: torch.device) -> None:
         self.encoder = encoder  # None on the other ranks
-        self.width, self.mesh, self.device = width, mesh, device
+        self.width, self.device = width, device
 
-    def encode(self, prompt: str) -> Tensor:
-        """[T, E] embeddings; a collective call."""
-        if self.mesh.control is None:
+    def encode_all(self, prompts: Sequence[str], mesh: Mesh) -> list[Tensor]:
+        """[T, E] embeddings of each prompt; a collective call."""
+        return [self._encode(prompt, mesh) for prompt in prompts]
+
+    def _encode(self, prompt: str, mesh: Mesh) -> Tensor:
+        if mesh.control is None:
             assert self.encoder is not None
             return self.encoder.encode(prompt).to(self.device)
         shape = torch.zeros(2, dtype=torch.int64)
@@ -41,10 +44,10 @@ class HostTextEncoder:
         if self.encoder is not None:
             text = self.encoder.encode(prompt).contiguous()
             shape = torch.tensor([text.shape[0], list(DTYPES).index(text.dtype)])
-        dist.broadcast(shape, src=0, group=self.mesh.control)
+        dist.broadcast(shape, src=0, group=mesh.control)
         if self.encoder is None:
             text = torch.empty(int(shape[0]), self.width, dtype=DTYPES[int(shape[1])])
-        dist.broadcast(text.view(torch.uint8), src=0, group=self.mesh.control)
+        dist.broadcast(text.view(torch.uint8), src=0, group=mesh.control)
         return text.to(self.device)
 
 

@@ -30,12 +30,11 @@ from engine.errors import OutOfMemory, RequestError
 from engine.frame_writer import FrameWriter
 from engine.lora import Loras, distilled
 from engine.offload import ExpertExchange, PromptEncoder
+from engine.out_of_memory import is_out_of_memory
 from engine.parallel.mesh import Mesh
-from engine.parallel.text import encode_once
 from engine.presets import Preset, find
 from engine.requests import check
 from engine.sampler import TRAIN_TIMESTEPS, make_schedule, make_solver
-from engine.text_encoder import TextEncoder
 from engine.tracker import Tracker
 from engine.vae import VAE
 
@@ -96,7 +95,9 @@ class Pipeline:
                     save_file({"latents": latents_CFHW.float().cpu().contiguous()}, latents_out)
                 with tracker.phase("decoding"):
                     frames = self.decode(latents_CFHW, sink, tracker)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             torch.cuda.empty_cache()
             raise OutOfMemory(f"{self.device} ran out of memory at {tracker.where}: {error}") from error
         work = cache.work(request.quality) if cache else Work(request.quality, request.sampling_steps)
@@ -116,9 +117,7 @@ class Pipeline:
     def encode(self, request: GenerationRequest) -> Tensor:
         """[2, T, E] embeddings of the prompt and of the negative prompt."""
         prompts = (request.prompt, request.negative_prompt or self.spec.negative_prompt)
-        if isinstance(self.text_encoder, TextEncoder):
-            return torch.stack(encode_once(prompts, self.text_encoder, self.mesh))
-        return torch.stack([self.text_encoder.encode(prompt) for prompt in prompts])
+        return torch.stack(self.text_encoder.encode_all(prompts, self.mesh))
 
     def noise(self, request: GenerationRequest, size: tuple[int, int]) -> Tensor:
         """The starting latents [C, F, H, W] fp32, the same for any number of ranks."""

@@ -9,6 +9,7 @@ Shapes: T text tokens, E embedding width.
 
 import html
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ import ftfy
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+
+from engine.parallel.mesh import Mesh
+from engine.parallel.text import broadcast_texts
 
 
 def clean_prompt(prompt: str) -> str:
@@ -32,6 +36,14 @@ class TextEncoder(nn.Module):
         self.umt5 = UMT5EncoderModel(config)
         self.tokenizer = tokenizer
         self.text_len = text_len
+
+    def encode_all(self, prompts: Sequence[str], mesh: Mesh) -> list[Tensor]:
+        """[T, E] of each prompt on every rank, each encoded by one of them; a collective call."""
+        if mesh.control is None:
+            return [self.encode(prompt) for prompt in prompts]
+        weight = self.umt5.shared.weight
+        shape = (self.text_len, weight.shape[1])
+        return broadcast_texts(lambda i: self.encode(prompts[i]), len(prompts), shape, weight)
 
     @torch.no_grad()
     def encode(self, prompt: str) -> Tensor:

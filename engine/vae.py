@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine import vae_fused
 from engine.config import VAEConfig
 from engine.vae_blocks import (
     AttentionBlock,
@@ -23,6 +24,7 @@ from engine.vae_blocks import (
     Space,
     Stream,
     Upsample,
+    WholeFrame,
     run,
     stream_conv,
 )
@@ -157,14 +159,21 @@ class VAE(nn.Module):
         `space` tells how the frames are spread over ranks: each passes the whole and receives its part.
         Values are about [-1, 1] and not clamped (training needs the gradient).
         """
-        config, stream = self.config, Stream(space)
-        latents_BCFHW = stream.space.cut(latents_BCFHW)
+        config, space = self.config, space or WholeFrame()
+        latents_BCFHW = space.cut(latents_BCFHW)
         z = latents_BCFHW * self._channels(config.latent_std, latents_BCFHW)
         z = self.conv2(z + self._channels(config.latent_mean, latents_BCFHW))
-        for latent in torch.split(z, 1, dim=2):
-            frames = self.decoder.stream(latent, stream)
-            stream.first = False
+        chunks = vae_fused.decode if vae_fused.applies(self.conv2.weight) else self._plain_chunks
+        for frames in chunks(self.decoder, z, space):
             yield unfold_pixels(frames) if config.kind == "2.2" else frames
+
+    @staticmethod
+    def _plain_chunks(decoder: Decoder, z_BCFHW: Tensor, space: Space) -> Iterator[Tensor]:
+        """The decoder as the maths reads, latent frame by latent frame."""
+        stream = Stream(space)
+        for latent in torch.split(z_BCFHW, 1, dim=2):
+            yield decoder.stream(latent, stream)
+            stream.first = False
 
     def decode(self, latents_BCFHW: Tensor) -> Tensor:
         """The whole video, [B, 3, 4F-3, H*s, W*s], not clamped."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Convolution = nn.Conv2d | nn.Conv3d
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # of [B, H, L, K]
 
 
 class Space(Protocol):
@@ -30,6 +31,22 @@ class Space(Protocol):
 
     def convolve(self, layer: Convolution, x: Tensor, with_halo: bool = False) -> Tensor:
         """`layer(x)`; x [..., H, W] may come with its halo already."""
+        ...
+
+    def around(self, shape: list[int], halo: int) -> list[int]:
+        """The shape [..., H, W] of a part with its halo."""
+        ...
+
+    def inside(self, x: Tensor, halo: int) -> Tensor:
+        """The part alone, a view of x [..., H, W] with its halo."""
+        ...
+
+    def fill_halo(self, joined_BCTHW: Tensor, past_BCTHW: Tensor, halo: int) -> None:
+        """Fill in the halo of a layer's input, whose first frames are the past, and of the next past."""
+        ...
+
+    def all_agree(self, flag: Tensor) -> Tensor:
+        """Whether a boolean is true on every rank; doesn't wait for the GPU."""
         ...
 
     def pad_after(self, x: Tensor) -> Tensor:
@@ -63,6 +80,21 @@ class WholeFrame:
         """The layer with its own padding."""
         y: Tensor = layer(x)
         return y
+
+    def around(self, shape: list[int], halo: int) -> list[int]:
+        """Convolutions pad by themselves, so there is no halo."""
+        return shape
+
+    def inside(self, x: Tensor, halo: int) -> Tensor:
+        """All of it."""
+        return x
+
+    def fill_halo(self, joined_BCTHW: Tensor, past_BCTHW: Tensor, halo: int) -> None:
+        """There is none."""
+
+    def all_agree(self, flag: Tensor) -> Tensor:
+        """There is one rank."""
+        return flag
 
     def pad_after(self, x: Tensor) -> Tensor:
         """Zeros."""
@@ -174,7 +206,9 @@ class AttentionBlock(Layer):
         self.proj = nn.Conv2d(dim, dim, 1)
         nn.init.zeros_(self.proj.weight)
 
-    def stream(self, x_BCTHW: Tensor, stream: Stream) -> Tensor:
+    def stream(
+        self, x_BCTHW: Tensor, stream: Stream, attend: Attend = F.scaled_dot_product_attention
+    ) -> Tensor:
         """The next chunk's output; frames don't see one another, so nothing is remembered."""
         b, c, t, h, w = x_BCTHW.shape
         x = x_BCTHW.transpose(1, 2).flatten(0, 1)
@@ -182,7 +216,7 @@ class AttentionBlock(Layer):
         kv = stream.space.gather(qkv[:, c:])  # every pixel looks at the whole frame
         q = qkv[:, :c].flatten(2).transpose(1, 2).unsqueeze(1)
         k, v = kv.flatten(2).transpose(1, 2).unsqueeze(1).chunk(2, dim=-1)
-        y = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).reshape(b * t, c, h, w)
+        y = attend(q, k, v).squeeze(1).transpose(1, 2).reshape(b * t, c, h, w)
         out: Tensor = self.proj(y)
         return x_BCTHW + out.view(b, t, c, h, w).transpose(1, 2)
 

@@ -56,8 +56,8 @@ def warm_up(pipeline: Pipeline) -> list[Warm]:
     done: list[Warm] = []
     seen: set[int] = set()
     with torch.inference_mode():
-        negative = pipeline.spec.negative_prompt
-        text_2TE = torch.stack([pipeline.text_encoder.encode(text) for text in (PROMPT, negative)])
+        prompts = (PROMPT, pipeline.spec.negative_prompt)
+        text_2TE = torch.stack(pipeline.text_encoder.encode_all(prompts, pipeline.mesh))
         for size in served_sizes(pipeline):
             latents = _latents(pipeline, size)
             denoising = 0.0

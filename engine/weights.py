@@ -8,7 +8,7 @@ get to the device is `engine.transfer`'s.
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from engine.parallel.mesh import Mesh
 from engine.transfer import Files, Meter, Source, read
 
 Shape = tuple[int, ...]
+DtypeOf = Callable[[str], torch.dtype]  # by a tensor's name in the model
 MAX_LISTED = 12  # faults spelled out in one error
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
 # The format's names of what a weight may be stored as.
@@ -82,46 +83,35 @@ def safetensors_files(folder: Path) -> list[Path]:
     return paths
 
 
-def load_into(
-    model: nn.Module,
-    entries: Mapping[str, Entry],
-    *,
-    device: torch.device,
-    dtype_of: Callable[[str], torch.dtype],
-    mesh: Mesh | None = None,
-    on_bytes: Callable[[int], None] = lambda _: None,
-    meter: Meter | None = None,
-) -> None:
-    """Fill a model built on the meta device with exactly these tensors, each cast to `dtype_of(name)`.
+@dataclass(frozen=True)
+class Reader:
+    """Reads a checkpoint's tensors onto a device. Each byte is read by one rank of the mesh."""
 
-    Each byte is read by one rank of the mesh, so this is a collective call. `on_bytes` hears of bytes as
-    they come, `meter` counts them. Raises CheckpointError naming every missing, extra or misshapen tensor,
-    before reading any.
-    """
-    check(expected_shapes(model), entries)
-    state = load_tensors(entries, device=device, dtype_of=dtype_of, mesh=mesh, on_bytes=on_bytes, meter=meter)
-    model.load_state_dict(state, strict=False, assign=True)  # `check` was stricter; tied names are absent
-    model.requires_grad_(False).eval()
+    device: torch.device
+    mesh: Mesh = field(default_factory=Mesh.single)
+    on_bytes: Callable[[int], None] = lambda _: None  # hears of bytes as they come
+    meter: Meter = field(default_factory=Meter)  # counts them
 
+    def fill(self, model: nn.Module, entries: Mapping[str, Entry], dtype_of: DtypeOf) -> None:
+        """Fill a model built on the meta device with exactly these tensors; a collective call.
 
-def load_tensors(
-    entries: Mapping[str, Entry],
-    *,
-    device: torch.device,
-    dtype_of: Callable[[str], torch.dtype],
-    mesh: Mesh | None = None,
-    on_bytes: Callable[[int], None] = lambda _: None,
-    meter: Meter | None = None,
-) -> dict[str, Tensor]:
-    """The tensors on `device`, by their names in the model; see `load_into`."""
-    files = Files()
-    try:
-        ordered = sorted(entries.items(), key=lambda item: (item[1].path, item[1].offset))
-        sources = [_source(name, entry, dtype_of(name), files) for name, entry in ordered]
-        with torch.no_grad():
-            return read(sources, device, mesh or Mesh.single(), meter or Meter(), on_bytes)
-    finally:
-        files.close()
+        Raises CheckpointError naming every missing, extra or misshapen tensor, before reading any.
+        """
+        check(expected_shapes(model), entries)
+        # `check` was stricter than load_state_dict; tied names are absent.
+        model.load_state_dict(self.tensors(entries, dtype_of), strict=False, assign=True)
+        model.requires_grad_(False).eval()
+
+    def tensors(self, entries: Mapping[str, Entry], dtype_of: DtypeOf) -> dict[str, Tensor]:
+        """The tensors by their names in the model, each cast to `dtype_of(name)`; a collective call."""
+        files = Files()
+        try:
+            ordered = sorted(entries.items(), key=lambda item: (item[1].path, item[1].offset))
+            sources = [_source(name, entry, dtype_of(name), files) for name, entry in ordered]
+            with torch.no_grad():
+                return read(sources, self.device, self.mesh, self.meter, self.on_bytes)
+        finally:
+            files.close()
 
 
 def expected_shapes(model: nn.Module) -> dict[str, Shape]:

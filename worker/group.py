@@ -83,7 +83,10 @@ class RankGroup:
         while pending:
             done, pending = ray.wait(pending, timeout=WATCH_SECONDS)
             for ref in done:
-                reports.append(_report_of(ref))
+                try:
+                    reports.append(_report_of(ref))
+                except GroupBroken as death:
+                    raise explained(death, reports) from None
             failed = [report for report in reports if report.outcome == "failed"]
             if failed and pending:
                 failed_at = failed_at or time.monotonic()
@@ -169,6 +172,12 @@ def agree(reports: list[RankReport]) -> RankReport:
     if alike and (not failed or first.failure is FailureClass.USER):
         return first
     raise broken_by(failed or reports)
+
+
+def explained(death: GroupBroken, reports: list[RankReport]) -> GroupBroken:
+    """A rank's death, or what another one reported before: a rank that waits for a failed one dies of it."""
+    failed = [report for report in reports if report.outcome == "failed"]
+    return broken_by(failed) if failed and death.failure is not FailureClass.OUT_OF_MEMORY else death
 
 
 def broken_by(reports: list[RankReport]) -> GroupBroken:

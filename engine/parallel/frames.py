@@ -68,12 +68,49 @@ class StripedFrame:
         padding = list(layer.padding)
         halo = padding[self.axis]
         if halo and not with_halo:
-            edges = Edges(self, x, halo, halo)
-            before, after = edges.wait()
-            x = torch.cat((before, x, after), dim=self.axis)
+            x = self._between_edges(x, halo)
         padding[self.axis] = 0
         convolution = F.conv2d if x.ndim == 4 else F.conv3d
         return convolution(x, layer.weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
+
+    def _between_edges(self, x: Tensor, halo: int) -> Tensor:
+        """x with its halo, in x's order of memory; the neighbours' edges travel while x is copied."""
+        edges = Edges(self, x, halo, halo)
+        joined = _empty_like(x, self.around(list(x.shape), halo))
+        self.inside(joined, halo).copy_(x)
+        before, after = edges.wait()
+        joined.narrow(self.axis, 0, halo).copy_(before)
+        joined.narrow(self.axis, joined.shape[self.axis] - halo, halo).copy_(after)
+        return joined
+
+    def around(self, shape: list[int], halo: int) -> list[int]:
+        """Wider along the cut axis by the halo on both sides."""
+        shape = list(shape)
+        shape[self.axis] += 2 * halo
+        return shape
+
+    def inside(self, x: Tensor, halo: int) -> Tensor:
+        """Without the halo on both sides."""
+        return x.narrow(self.axis, halo, x.shape[self.axis] - 2 * halo)
+
+    def fill_halo(self, joined_BCTHW: Tensor, past_BCTHW: Tensor, halo: int) -> None:
+        """The new frames' edges come from the neighbours, the earlier ones' from the past's own halo."""
+        if halo == 0:
+            return
+        frames = past_BCTHW.shape[2]
+        edges = Edges(self, self.inside(joined_BCTHW[:, :, frames:], halo), halo, halo)
+        for start, lines in zip((0, past_BCTHW.shape[self.axis] - halo), edges.wait(), strict=True):
+            joined = joined_BCTHW.narrow(self.axis, start, halo)
+            past = past_BCTHW.narrow(self.axis, start, halo)
+            joined[:, :, :frames] = past
+            joined[:, :, frames:] = lines
+            past.copy_(joined[:, :, -frames:])
+
+    def all_agree(self, flag: Tensor) -> Tensor:
+        """The least of all ranks' flags."""
+        number = flag.to(torch.int32)
+        dist.all_reduce(number, dist.ReduceOp.MIN, self.group)
+        return number.bool()
 
     def pad_after(self, x: Tensor) -> Tensor:
         """The next stripe's first line along the cut axis (zeros after the last), zeros along the other."""
@@ -162,13 +199,13 @@ def _together(operations: list[dist.P2POp]) -> list[dist.Work]:
     return dist.batch_isend_irecv(operations) if operations else []
 
 
-def _empty_like(x_BCTHW: Tensor, shape: list[int]) -> Tensor:
+def _empty_like(x: Tensor, shape: list[int]) -> Tensor:
     """Memory in x's order of dimensions."""
-    last = torch.channels_last_3d
-    channels_last = x_BCTHW.is_contiguous(memory_format=last) and not x_BCTHW.is_contiguous()
+    last = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    channels_last = x.is_contiguous(memory_format=last) and not x.is_contiguous()
     return torch.empty(
         shape,
-        dtype=x_BCTHW.dtype,
-        device=x_BCTHW.device,
+        dtype=x.dtype,
+        device=x.device,
         memory_format=last if channels_last else torch.contiguous_format,
     )

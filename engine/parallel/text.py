@@ -3,24 +3,10 @@
 Shapes: T text tokens, E embedding width.
 """
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch.distributed as dist
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from engine.parallel.mesh import Mesh
-    from engine.text_encoder import TextEncoder
-
-
-def encode_once(prompts: Sequence[str], encoder: "TextEncoder", mesh: "Mesh") -> list[Tensor]:
-    """[T, E] of each prompt, on every rank."""
-    if mesh.control is None:
-        return [encoder.encode(prompt) for prompt in prompts]
-    weight = encoder.umt5.shared.weight
-    shape = (encoder.text_len, weight.shape[1])
-    return broadcast_texts(lambda i: encoder.encode(prompts[i]), len(prompts), shape, weight)
 
 
 def broadcast_texts(

@@ -1,7 +1,10 @@
-"""Notices a dead or hung rank within a bounded time, and ends this process if it can't get free of it.
+"""Notices a rank that died, hangs or gave up in bounded time; ends this process if it can't get free of it.
 
 Collectives on a CPU fail by themselves when a rank dies or stays away. A GPU that waits for a word from a
-dead rank does not: so a thread of each rank looks at the others. All ranks are on one host, which is what a
+dead rank does not: so a thread of each rank looks at the others. A rank that an error of its own takes out
+of a video (its memory is full, say) is lost to the others too: where they are in the order of collectives
+it isn't, and what they sent to it would be taken for the next video's. So all of them refuse further work,
+and whoever owns the ranks makes the group anew. All ranks are on one host, which is what a
 node of this service is; on several hosts only the collectives' own time limits remain.
 """
 
@@ -16,17 +19,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
-from engine.errors import RankLost
+from engine.config import Canceled
+from engine.errors import RankLost, RequestError
+from engine.out_of_memory import is_out_of_memory
 
 EXIT_CODE = 75  # EX_TEMPFAIL: made anew, the group will work again
 GRACE_SECONDS = 5.0  # for the computing thread to fail by itself
 FIRST_SECONDS = 600.0  # the first generation may compile kernels between two beats
 LOOK_SECONDS = 0.25
 PID, BEAT, STATE = range(3)  # columns of the board
-IDLE, BUSY, LEFT = range(3)  # states
+IDLE, BUSY, LEFT, FULL, FAILED = range(5)  # states
+GAVE_UP = {FULL: "ran out of memory in the midst of a video", FAILED: "failed in the midst of a video"}
 log = logging.getLogger(__name__)
 
 
@@ -56,27 +61,40 @@ class Watch:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """While the ranks compute together. Raises RankLost for whatever a lost rank makes of this one."""
+        """While the ranks compute together. Raises RankLost for whatever a lost rank makes of this one.
+
+        What ends the work on all ranks alike (Canceled, RequestError) leaves the group whole.
+        """
         if self.lost:
             raise RankLost(self.lost)
         self.beat()
         self._board[self.rank, STATE] = BUSY
+        state = IDLE
         try:
             yield
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            time.sleep(2 * LOOK_SECONDS)  # the connection may break before the process is seen to be dead
-            if not self.lost and not _is_about_ranks(error):
-                raise
-            raise RankLost(self.lost or f"another rank failed or hangs: {error}") from error
+        except (Canceled, RequestError):
+            raise
+        except RankLost as error:
+            self.lost = self.lost or str(error)
+            raise
+        except BaseException as error:
+            full = is_out_of_memory(error)
+            if isinstance(error, RuntimeError) and not full:
+                time.sleep(2 * LOOK_SECONDS)  # a connection may break before the process is seen to be dead
+                if self.lost or _is_about_ranks(error):
+                    self.lost = self.lost or f"another rank failed or hangs: {error}"
+                    raise RankLost(self.lost) from error
+            state = FULL if full else FAILED
+            self.lost = self.lost or f"rank {self.rank} {GAVE_UP[state]}"
+            raise
         finally:
-            self._board[self.rank, STATE] = IDLE
+            self._board[self.rank, STATE] = state
             self._generations += 1
 
     def close(self) -> None:
         """Stop looking; the others may see this process end."""
-        self._board[self.rank, STATE] = LEFT
+        if self._board[self.rank, STATE] not in GAVE_UP:
+            self._board[self.rank, STATE] = LEFT
         self._stop.set()
         self._thread.join()
         for descriptor in self._processes:
@@ -92,8 +110,9 @@ class Watch:
             for descriptor in ended:
                 poll.unregister(descriptor)
             deaths = [words for words in map(self._dead, ended) if words]
-            self.lost = deaths[0] if deaths else self._silent()
-            if self.lost:
+            found = self._gave_up() or (deaths[0] if deaths else self._silent())
+            if found or self.lost:  # the computing thread may have set it
+                self.lost = self.lost or found
                 log.error("%s", self.lost)
                 self._leave()
                 return
@@ -103,6 +122,14 @@ class Watch:
         if self._board[rank, STATE] == LEFT:
             return ""
         return f"rank {rank} (process {self._board[rank, PID]:.0f}) died"
+
+    def _gave_up(self) -> str:
+        """Which other rank left the work by an error of its own."""
+        for rank in range(self.ranks):
+            words = GAVE_UP.get(int(self._board[rank, STATE]))
+            if words is not None and rank != self.rank:
+                return f"rank {rank} {words}"
+        return ""
 
     def _silent(self) -> str:
         """The rank that fell silent first, if that is too long ago: the others wait for it."""

@@ -1,6 +1,7 @@
 """`reel run` and `reel make-tiny`: the engine without any service."""
 
 import logging
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -46,7 +47,7 @@ def run(
         float | None, typer.Option(help="GiB of a GPU that may be used; else all that is free.")
     ] = None,
     verbose: Annotated[
-        bool, typer.Option("--verbose", help="Show the memory plan and loading rates.")
+        bool, typer.Option("--verbose", help="Show all of the engine's log: loading rates, transports.")
     ] = False,
 ) -> None:
     """Make a video in this process, or in all processes of a torchrun; no queue, no Redis, no S3."""
@@ -55,6 +56,8 @@ def run(
     if image is not None and not image.is_file():
         raise CliError(f"--image: {image} is no file")
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+    if os.environ.get("RANK", "0") == "0":  # the memory plan is always shown, by the rank that needs most
+        logging.getLogger("engine.ladder").setLevel(logging.INFO)
     from engine.config import LoraUse
     from engine.run import run as run_engine
 

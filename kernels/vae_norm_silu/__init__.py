@@ -9,7 +9,9 @@ from torch import Tensor
 
 from kernels.vae_norm_silu import reference
 
-__all__ = ["norm_silu"]
+__all__ = ["PAST", "join", "norm_silu"]
+
+PAST = 2  # frames that a convolution over three looks back
 
 
 def norm_silu(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool = True, out: Tensor | None = None) -> Tensor:
@@ -25,3 +27,32 @@ def norm_silu(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool = True, out: Tensor |
     if x_BCTHW.is_meta:
         return torch.empty_like(x_BCTHW) if out is None else out
     return reference.norm_silu(x_BCTHW, gamma_C, silu, out)
+
+
+def join(
+    x_BCTHW: Tensor,
+    out_BCTHW: Tensor,
+    *,
+    past_BCTHW: Tensor | None = None,
+    bias_C: Tensor | None = None,
+    shortcut_BCTHW: Tensor | None = None,
+    gamma_C: Tensor | None = None,
+    silu: bool = True,
+    keep: bool = False,
+) -> Tensor:
+    """The next causal convolution's input in one pass: sum, norm, SiLU, and the frames before in front.
+
+    With s = x + bias + shortcut (fp32 sums) and y = silu(norm(s)), or y = s where `gamma_C` is None:
+    `out` [B, C, T + 2, H, W] becomes `past` [B, C, 2, H, W] followed by y, and `past`, in place, its last
+    two frames (for the next call). Without `past`, `out` has T frames. With `keep` the sum is stored too:
+    returned is the tensor that holds it, x itself if it lies channels-last and else a copy. All tensors are
+    of one dtype; `out` and `past` may be views with any strides but 1 for channels.
+    """
+    arguments = (past_BCTHW, bias_C, shortcut_BCTHW, gamma_C, silu, keep)
+    if x_BCTHW.is_cuda:
+        from kernels.vae_norm_silu import triton
+
+        return triton.join(x_BCTHW, out_BCTHW, *arguments)
+    if x_BCTHW.is_meta:
+        return x_BCTHW
+    return reference.join(x_BCTHW, out_BCTHW, *arguments)

@@ -1,6 +1,6 @@
-"""The VAE's channel norm and SiLU in plain torch.
+"""The VAE's channel norm, SiLU and joining of frames in plain torch.
 
-Shapes: B batch, C channels, T H W frames, rows and columns. Arithmetic is fp32 (fp64 for fp64 inputs).
+Shapes: B batch, C channels, T frames, H W rows and columns. Arithmetic is fp32 (fp64 for fp64 inputs).
 """
 
 import torch
@@ -8,16 +8,52 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _per_channel(v_C: Tensor, like: Tensor) -> Tensor:
+    return v_C.to(like.dtype)[:, None, None, None]
+
+
+def _normed(x: Tensor, gamma_C: Tensor, silu: bool) -> Tensor:
+    y = F.normalize(x, dim=1) * x.shape[1] ** 0.5 * _per_channel(gamma_C, x)
+    return F.silu(y) if silu else y
+
+
 def norm_silu(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool = True, out: Tensor | None = None) -> Tensor:
     """silu(x / max(|x|, 1e-12) * sqrt(C) * gamma) over channels, in x's dtype; into `out` if given.
 
     The formula is the official VAE's RMS_norm (Wan-Video/Wan2.2 `wan/modules/vae2_1.py`, Apache-2.0).
     """
-    x = x_BCTHW if x_BCTHW.dtype == torch.float64 else x_BCTHW.float()
-    gamma = gamma_C.to(x.dtype)[:, None, None, None]
-    y = F.normalize(x, dim=1) * x.shape[1] ** 0.5 * gamma
-    y = (F.silu(y) if silu else y).to(x_BCTHW.dtype)
+    y = _normed(_wide(x_BCTHW), gamma_C, silu).to(x_BCTHW.dtype)
     if out is None:
         return y
     out.copy_(y)
     return out
+
+
+def join(
+    x_BCTHW: Tensor,
+    out_BCTHW: Tensor,
+    past_BCTHW: Tensor | None,
+    bias_C: Tensor | None,
+    shortcut_BCTHW: Tensor | None,
+    gamma_C: Tensor | None,
+    silu: bool,
+    keep: bool,
+) -> Tensor:
+    """See `kernels.vae_norm_silu.join`."""
+    total = _wide(x_BCTHW)
+    if bias_C is not None:
+        total = total + _per_channel(bias_C, total)
+    if shortcut_BCTHW is not None:
+        total = total + _wide(shortcut_BCTHW)
+    frames = 0 if past_BCTHW is None else past_BCTHW.shape[2]
+    out_BCTHW[:, :, frames:] = total if gamma_C is None else _normed(total, gamma_C, silu)
+    if past_BCTHW is not None:
+        out_BCTHW[:, :, :frames] = past_BCTHW
+        past_BCTHW.copy_(out_BCTHW[:, :, -frames:])
+    if keep and not (bias_C is None and shortcut_BCTHW is None):
+        x_BCTHW.copy_(total)
+    return x_BCTHW

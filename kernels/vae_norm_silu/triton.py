@@ -1,10 +1,11 @@
 # Triton kernels carry no annotations; the launchers below them do.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-"""The VAE's channel norm and SiLU in one pass over channels-last memory, in Triton.
+"""The VAE's sums, channel norm, SiLU and cached frames in one pass over channels-last memory, in Triton.
 
-One program takes ROWS pixels with all their channels. The output may be a view into a larger buffer, such
-as a causal convolution's input with its cached frames and padding around it, so that no copy follows.
-Memory-bound: 4 bytes a value in fp16.
+One program takes ROWS pixels with all their channels through all frames, so that a pixel's cached frames
+are read before anyone replaces them. The output may be a view into a larger buffer. Memory-bound: with
+sum and cache a frame's value is read twice and written twice (8 bytes in fp16), the two cached ones are
+read once and written twice.
 """
 
 import torch
@@ -14,13 +15,16 @@ from torch import Tensor
 
 from kernels.tables import setting
 
-DEFAULT = {"block": 4096, "warps": 4}
+DEFAULT = {"block": 2048, "warps": 4}
 
 
 @triton.jit(do_not_specialize=["pixels", "frames", "height", "width"])
-def _norm_silu_kernel(
+def _join_kernel(
     x_ptr,
+    shortcut_ptr,
+    bias_ptr,
     gamma_ptr,
+    past_ptr,
     out_ptr,
     pixels,
     frames,
@@ -30,6 +34,14 @@ def _norm_silu_kernel(
     xt,
     xh,
     xw,
+    sb,
+    st,
+    sh,
+    sw,
+    pb,
+    pt,
+    ph,
+    pw,
     ob,
     ot,
     oh,
@@ -37,61 +49,142 @@ def _norm_silu_kernel(
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
+    BIAS: tl.constexpr,
+    SHORTCUT: tl.constexpr,
+    KEEP: tl.constexpr,
+    NORM: tl.constexpr,
     SILU: tl.constexpr,
+    PAST: tl.constexpr,
 ):
     pixel = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK_C)
-    valid = (pixel < pixels)[:, None] & (channel < C)[None, :]
+    inside = channel < C
+    valid = (pixel < pixels)[:, None] & inside[None, :]
     w = pixel % width
     h = pixel // width % height
-    t = pixel // (width * height) % frames
-    b = pixel // (width * height * frames)
-    x_at = (b * xb + t * xt + h * xh + w * xw)[:, None] + channel[None, :]
-    out_at = (b * ob + t * ot + h * oh + w * ow)[:, None] + channel[None, :]
+    b = pixel // (width * height)
+    x_at = (b * xb + h * xh + w * xw)[:, None] + channel[None, :]
+    out_at = (b * ob + h * oh + w * ow)[:, None] + channel[None, :]
+    shortcut_at = (b * sb + h * sh + w * sw)[:, None] + channel[None, :]
+    past_at = (b * pb + h * ph + w * pw)[:, None] + channel[None, :]
+    if PAST:
+        oldest = tl.load(past_ptr + past_at, mask=valid, other=0.0)
+        newest = tl.load(past_ptr + past_at + pt, mask=valid, other=0.0)
+        tl.store(out_ptr + out_at, oldest, mask=valid)
+        tl.store(out_ptr + out_at + ot, newest, mask=valid)
+        out_ptr += 2 * ot
+        # Warps may share out loads and stores differently: nobody stores before all have loaded.
+        tl.debug_barrier()
+        if frames == 1:
+            tl.store(past_ptr + past_at, newest, mask=valid)
+        past_ptr += (2 - frames) * pt  # frame t goes to place t - frames + 2
+    if BIAS:
+        bias = tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        gamma = tl.load(gamma_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    for t in range(frames):
+        x = tl.load(x_ptr + x_at, mask=valid, other=0.0).to(tl.float32)
+        if BIAS:
+            x += bias[None, :]
+        if SHORTCUT:
+            x += tl.load(shortcut_ptr + shortcut_at, mask=valid, other=0.0).to(tl.float32)
+        if KEEP:
+            tl.store(x_ptr + x_at, x.to(x_ptr.dtype.element_ty), mask=valid)
+        if NORM:
+            length = tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), 1e-12)
+            x = x * (tl.sqrt(C + 0.0) / length)[:, None] * gamma[None, :]
+            if SILU:
+                x = x / (1.0 + tl.exp(-x))
+        y = x.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + out_at, y, mask=valid)
+        if PAST:
+            if t >= frames - 2:
+                tl.store(past_ptr + past_at, y, mask=valid)
+            past_ptr += pt
+        x_ptr += xt
+        shortcut_ptr += st
+        out_ptr += ot
 
-    x = tl.load(x_ptr + x_at, mask=valid, other=0.0).to(tl.float32)
-    gamma = tl.load(gamma_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
-    length = tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), 1e-12)
-    y = x * (tl.sqrt(C + 0.0) / length)[:, None] * gamma[None, :]
-    if SILU:
-        y = y / (1.0 + tl.exp(-y))
-    tl.store(out_ptr + out_at, y.to(out_ptr.dtype.element_ty), mask=valid)
+
+def _strides(x_BCTHW: Tensor) -> tuple[int, int, int, int]:
+    """Of batch, frames, rows and columns."""
+    return x_BCTHW.stride(0), x_BCTHW.stride(2), x_BCTHW.stride(3), x_BCTHW.stride(4)
+
+
+def _check(x_BCTHW: Tensor, shape: tuple[int, ...], dtype: torch.dtype, what: str) -> None:
+    channels_last = x_BCTHW.shape[1] == 1 or x_BCTHW.stride(1) == 1
+    if tuple(x_BCTHW.shape) != shape or not channels_last or x_BCTHW.dtype != dtype:
+        raise ValueError(
+            f"{what} {tuple(x_BCTHW.shape)} {x_BCTHW.dtype} with strides {x_BCTHW.stride()}: "
+            f"expected {shape} {dtype}, channels last"
+        )
+
+
+def _channels_last(x_BCTHW: Tensor) -> Tensor:
+    if x_BCTHW.shape[1] == 1 or x_BCTHW.stride(1) == 1:
+        return x_BCTHW
+    return x_BCTHW.contiguous(memory_format=torch.channels_last_3d)
 
 
 def norm_silu(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool = True, out: Tensor | None = None) -> Tensor:
     """silu(x / |x| * sqrt(C) * gamma), channels last, into `out` if given."""
-    if x_BCTHW.stride(1) != 1:
-        x_BCTHW = x_BCTHW.contiguous(memory_format=torch.channels_last_3d)
+    x_BCTHW = _channels_last(x_BCTHW)
     if out is None:
         out = torch.empty_like(x_BCTHW, memory_format=torch.channels_last_3d)
-    batch, channels, frames, height, width = x_BCTHW.shape
-    if out.shape != x_BCTHW.shape or (channels > 1 and out.stride(1) != 1):
-        raise ValueError(
-            f"out {tuple(out.shape)} with strides {out.stride()}: "
-            f"expected {tuple(x_BCTHW.shape)}, channels last"
-        )
-    pixels = batch * frames * height * width
-    if pixels == 0:
-        return out
+    join(x_BCTHW, out, None, None, None, gamma_C, silu, False)
+    return out
+
+
+def join(
+    x_BCTHW: Tensor,
+    out_BCTHW: Tensor,
+    past_BCTHW: Tensor | None,
+    bias_C: Tensor | None,
+    shortcut_BCTHW: Tensor | None,
+    gamma_C: Tensor | None,
+    silu: bool,
+    keep: bool,
+) -> Tensor:
+    """See `kernels.vae_norm_silu.join`."""
+    x = _channels_last(x_BCTHW)
+    batch, channels, frames, height, width = x.shape
+    past = x if past_BCTHW is None else past_BCTHW
+    shortcut = x if shortcut_BCTHW is None else _channels_last(shortcut_BCTHW)
+    before = 0 if past_BCTHW is None else 2
+    _check(out_BCTHW, (batch, channels, frames + before, height, width), x.dtype, "out")
+    _check(shortcut, tuple(x.shape), x.dtype, "shortcut")
+    if past_BCTHW is not None:
+        _check(past, (batch, channels, 2, height, width), x.dtype, "past")
+    pixels = batch * height * width
+    if pixels == 0 or frames == 0:
+        return x
     block_c = triton.next_power_of_2(channels)
-    tuned = setting("vae_norm_silu", f"{channels}", x_BCTHW.device, DEFAULT)
+    tuned = setting("vae_norm_silu", f"{channels}", x.device, DEFAULT)
     rows = max(tuned["block"] // block_c, 1)
-    x_strides = (x_BCTHW.stride(0), *x_BCTHW.stride()[2:])
-    out_strides = (out.stride(0), *out.stride()[2:])
-    _norm_silu_kernel[(triton.cdiv(pixels, rows),)](
-        x_BCTHW,
-        gamma_C.contiguous(),
-        out,
+    _join_kernel[(triton.cdiv(pixels, rows),)](
+        x,
+        shortcut,
+        x if bias_C is None else bias_C.contiguous(),
+        x if gamma_C is None else gamma_C.contiguous(),
+        past,
+        out_BCTHW,
         pixels,
         frames,
         height,
         width,
-        *x_strides,
-        *out_strides,
+        *_strides(x),
+        *_strides(shortcut),
+        *_strides(past),
+        *_strides(out_BCTHW),
         C=channels,
         BLOCK_C=block_c,
         ROWS=rows,
+        BIAS=bias_C is not None,
+        SHORTCUT=shortcut_BCTHW is not None,
+        KEEP=keep and not (bias_C is None and shortcut_BCTHW is None),
+        NORM=gamma_C is not None,
         SILU=silu,
+        PAST=past_BCTHW is not None,
         num_warps=tuned["warps"],
     )
-    return out
+    return x

@@ -122,8 +122,8 @@ class Load:
             self._real_model, self._longest = card.name, card.max_frame_num
         if longest:
             fields["frame_num"] = self._longest
-        body = {"model": self._real_model, "frame_num": 5, "seed": self._rng.randrange(4), **fields}
-        return await self.submit(**body)
+        few: dict[str, Any] = {"frame_num": 5, "sampling_steps": 4}
+        return await self.submit(model=self._real_model, seed=self._rng.randrange(4), **(few | fields))
 
     async def _post(self, idem: str, key: str, body: dict[str, Any]) -> str:
         headers = {"Authorization": f"Bearer {key}", "Idempotency-Key": idem}

@@ -26,7 +26,7 @@ from engine.parallel.mesh import Mesh
 from engine.pipeline import Pipeline
 from engine.requests import resolve
 from engine.transfer import Meter
-from engine.weights import load_tensors
+from engine.weights import Reader
 from tests.engine.sinks import Frames
 
 LORA = LoraUse("style", 0.7)
@@ -44,13 +44,18 @@ def video(pipeline: Pipeline, *loras: LoraUse) -> np.ndarray:
 
 
 def photo_video(pipeline: Pipeline, image: Path) -> np.ndarray:
-    """I2V of a 4:3 picture: 3 x 3 x 5 = 45 tokens, of which a rank holds 22 and a padded one."""
+    """Of a 4:3 picture. I2V: 3 x 3 x 5 = 45 tokens, of which a rank holds 23, padded.
+
+    TI2V: 3 x 2 x 3 = 18, of which the clean first 6 are all on rank 0, among 3 of its others.
+    """
+    i2v = pipeline.spec.task == "i2v"
     request = resolve(
-        pipeline.spec, "a boat", size=(64, 80), frame_num=9, sampling_steps=2, shift=5.0, seed=6, image=image
-    )
+        pipeline.spec, "a boat", size=(64, 80 if i2v else 96), frame_num=9, sampling_steps=2, shift=5.0,
+        seed=6, image=image,
+    )  # fmt: skip
     sink = Frames()
     result = pipeline.generate(request, sink)
-    assert (result.width, result.height) == (80, 48)
+    assert (result.width, result.height) == ((80, 48) if i2v else (96, 64))
     return sink.video if sink.chunks else np.zeros(0, np.uint8)
 
 
@@ -75,11 +80,9 @@ def check_reading(checkpoint: Path, mesh: Mesh) -> dict[str, object]:
     results: dict[str, object] = {}
     for dtype in (torch.float32, torch.bfloat16):
         meter, came = Meter(), list[int]()
-        both = load_tensors(
-            entries, device=torch.device("cpu"), dtype_of=lambda _, dtype=dtype: dtype, mesh=mesh,
-            on_bytes=came.append, meter=meter,
-        )  # fmt: skip
-        alone = load_tensors(entries, device=torch.device("cpu"), dtype_of=lambda _, dtype=dtype: dtype)
+        device = torch.device("cpu")
+        both = Reader(device, mesh, came.append, meter).tensors(entries, lambda _, dtype=dtype: dtype)
+        alone = Reader(device).tensors(entries, lambda _, dtype=dtype: dtype)
         size = sum(entry.size for entry in entries.values())
         results[f"equal {dtype}"] = equal(both, alone)
         results[f"own {dtype}"] = meter.own
@@ -143,7 +146,7 @@ def check_stripes(checkpoint: Path, mesh: Mesh) -> list[int]:
     return [decoding_bytes(vae.config, (frames, *stripe(rows, columns, mesh)), torch.float32), live.peak]
 
 
-def main(checkpoint: Path, folder: Path, i2v: Path, image: Path) -> None:
+def main(checkpoint: Path, folder: Path, i2v: Path, ti2v: Path, image: Path) -> None:
     torch.set_num_threads(1)
     mesh = Mesh.init(
         guidance=1, ulysses=2, backend="gloo", init_method=f"file://{os.environ['MEETING']}",
@@ -152,9 +155,10 @@ def main(checkpoint: Path, folder: Path, i2v: Path, image: Path) -> None:
     results: dict[str, object] = {"reading": check_reading(checkpoint, mesh)}
     for rung in ("resident", "branches", "text", "shard"):
         results[rung] = check_video(checkpoint, mesh, rung, folder)
-    frames = photo_video(load_pipeline(i2v, mesh=mesh, device="cpu"), image)
-    if mesh.rank == 0:
-        np.save(folder / "photo.npy", frames)
+    for task, model in (("i2v", i2v), ("ti2v", ti2v)):
+        frames = photo_video(load_pipeline(model, mesh=mesh, device="cpu"), image)
+        if mesh.rank == 0:
+            np.save(folder / f"photo-{task}.npy", frames)
     results["meeting"] = check_meeting(checkpoint, mesh, pytest.MonkeyPatch())
     results["stripes"] = check_stripes(checkpoint, mesh)
     results["verify"] = check_verify(checkpoint, mesh)

@@ -1,15 +1,7 @@
-"""Real ranks over gloo: `python -m tests.engine.ranks CHECKPOINT FOLDER`.
-
-One process imports everything and then forks the ranks of one world after another: 2, 4 and 8, and worlds
-that lose a rank. What the ranks find goes into files that the tests read.
-"""
+"""What each rank of a world computes and checks; `tests.engine.worlds` starts them."""
 
 import os
-import signal
-import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,15 +11,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine import fused, tiny
+from engine import fused, tiny, vae_fused
 from engine.attention import Overlap, sdpa
 from engine.cache import StepCache
 from engine.conditioning import Conditioning
 from engine.config import Canceled, Progress, VAEConfig
 from engine.eight_bit import EightBitMode
-from engine.errors import CheckpointError, RankLost
+from engine.errors import CheckpointError
 from engine.load import load_pipeline
-from engine.parallel import watch
 from engine.parallel.mesh import Mesh
 from engine.pipeline import Pipeline
 from engine.presets import EightBit, Preset, Reuse
@@ -35,6 +26,7 @@ from engine.requests import resolve
 from engine.text_encoder import TextEncoder
 from engine.tracker import Tracker
 from engine.vae import VAE
+from engine.vae_blocks import Space, WholeFrame
 from kernels import attention_8bit
 from kernels.fp8_gemm import Rows
 from kernels.fp8_gemm import reference as fp8_reference
@@ -61,11 +53,9 @@ VARIANTS = {
     world: [name for name in FUSED if world < 8 or name.endswith(("plain", "all"))] for world in LAYOUTS
 }
 # (kind, latents' rows, columns): cut along columns and along rows, evenly by few worlds only.
+IN_HALF = "2.2"  # the kind that also runs in fp16, which takes long on a CPU
 VAES = (("2.1", 3, 9), ("2.1", 10, 4), ("2.2", 2, 9))
 CHECKS = ("frames", "cancel", "split", "heads", "text")
-LOSSES = ("killed", "killed where nothing times out", "hung")
-LIMIT_SECONDS = 4.0  # for a lost rank to be noticed, in those worlds that lose one
-STEP_TO_DIE = "denoising, step 1 of 3"
 
 
 def environment() -> dict[str, str]:
@@ -146,6 +136,19 @@ def vae_inputs(kind: str, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     unit = 16 if kind == "2.2" else 8
     latents = torch.randn(1, 4, 3, rows, columns, generator=generator)
     return latents, torch.rand(1, 3, 5, rows * unit, columns * unit, generator=generator) * 2 - 1
+
+
+def collect_video(vae: VAE, latents: Tensor, space: Space | None = None) -> Tensor:
+    """The decoded video on rank 0, something else on the others."""
+    space = space or WholeFrame()
+    chunks = [space.collect(chunk) for chunk in vae.decode_chunks(latents, space)]
+    return torch.cat([chunk for chunk in chunks if chunk is not None] or [latents], dim=2)
+
+
+def fused_video(vae: VAE, latents: Tensor, space: Space | None = None) -> Tensor:
+    """The same by the decoder that GPUs run."""
+    with mock.patch.object(vae_fused, "applies", return_value=True):
+        return collect_video(vae, latents, space)
 
 
 def check_frames(pipeline: Pipeline) -> bool:
@@ -255,9 +258,12 @@ def run_world(rank: int, world: int, folder: Path, checkpoint: Path) -> None:
         with torch.inference_mode():
             name = f"vae {kind} {rows}x{columns}"
             found[f"{name} latents"] = vae.encode(video, space)
-            chunks = [space.collect(chunk) for chunk in vae.decode_chunks(latents, space)]
+            decoded = {"video": collect_video(vae, latents, space)}
+            decoded["fused video"] = fused_video(vae, latents, space)
+            if kind == IN_HALF:
+                decoded["fp16 video"] = fused_video(vae.half(), latents.half(), space)
         if rank == 0:
-            found[f"{name} video"] = torch.cat(chunks, dim=2)
+            found |= {f"{name} {which}": video for which, video in decoded.items()}
     checks = {
         "frames": check_frames(pipeline),
         "cancel": check_cancel(pipeline),
@@ -272,87 +278,7 @@ def run_world(rank: int, world: int, folder: Path, checkpoint: Path) -> None:
     mesh.close()
 
 
-def lose_rank(loss: str, rank: int, folder: Path, checkpoint: Path) -> None:
-    """Rank 1 of three is lost in the midst of a video; the two others notice and go on as a pair."""
-    watch.GRACE_SECONDS = 1.0
-    watch.FIRST_SECONDS = LIMIT_SECONDS
-    nothing_times_out = loss == "killed where nothing times out"
-    limit = 300.0 if nothing_times_out else LIMIT_SECONDS
-    transport = "shared" if nothing_times_out else "collective"
-    mesh = join(folder, "meeting", rank, 4, guidance=1, timeout_seconds=limit, transport=transport)
-    pipeline = load_pipeline(checkpoint, mesh=mesh, device="cpu")
-    mesh.meet()
-    report = Tracker.report
-
-    def until(self: Tracker, *step: object) -> None:
-        report(self, *step)
-        if rank == 1 and self.where == STEP_TO_DIE:
-            (folder / "lost at").write_text(str(time.monotonic()))
-            if loss == "hung":
-                time.sleep(300)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    with mock.patch.object(Tracker, "report", until):
-        try:
-            case_latents(pipeline, GRIDS[0])
-        except RankLost as lost:
-            (folder / f"noticed.{rank}").write_text(f"{time.monotonic()} {lost}")
-    mesh.close()
-    if rank in (0, 2):
-        mesh = join(folder, "second meeting", rank // 2, 2, guidance=1)
-        pipeline.mesh, pipeline.sequence = mesh, mesh.sequence()
-        latents = case_latents(pipeline, GRIDS[0])
-        if rank == 0:
-            save_file({"latents": latents}, folder / "after.safetensors")
-        mesh.close()
-
-
-def fork_ranks(folder: Path, count: int, body: Callable[[int], None], seconds: float) -> None:
-    """Run `body(rank)` in `count` forks; exit codes (signals negative) and times go to `folder/codes`."""
-    folder.mkdir()
-    ranks: dict[int, int] = {}
-    for rank in range(count):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                body(rank)
-                code = 0
-            except BaseException:
-                with (folder / "words").open("a") as words:
-                    words.write(f"rank {rank}:\n{traceback.format_exc()}\n")
-            os._exit(code)
-        ranks[child] = rank
-    codes: dict[int, str] = {}
-    deadline = time.monotonic() + seconds
-    while len(codes) < count:
-        child, status = os.waitpid(-1, os.WNOHANG)
-        if child:
-            at = time.monotonic()
-            codes[ranks.pop(child)] = f"{os.waitstatus_to_exitcode(status)} {at}"
-        elif time.monotonic() > deadline:
-            for child in ranks:
-                os.kill(child, signal.SIGKILL)
-        else:
-            time.sleep(0.02)
-    (folder / "codes").write_text("\n".join(codes[rank] for rank in range(count)))
-
-
-def main(checkpoint: Path, folder: Path) -> None:
-    torch.set_num_threads(1)
-    for world in LAYOUTS:
-        place = folder / str(world)
-        fork_ranks(place, world, lambda rank, w=world, p=place: run_world(rank, w, p, checkpoint), 120)
-    for loss in LOSSES:
-        place = folder / loss
-        fork_ranks(place, 4, lambda rank, x=loss, p=place: lose_rank(x, rank, p, checkpoint), 60)
-
-
 def make_checkpoint(folder: Path) -> Path:
     """The tiny checkpoint, with heads for 8 ranks."""
     with mock.patch.object(tiny, "TINY_DIT", replace(tiny.TINY_DIT, dim=128, num_heads=8)):
         return tiny.make_tiny(folder, seed=1)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -45,7 +45,7 @@ def ranks(
 ) -> tuple[Path, list[dict[str, Any]]]:
     """(what rank 0 wrote, what both found)."""
     folder = tmp_path_factory.mktemp("ranks")
-    paths = (checkpoint, folder, image_models["i2v"], picture)
+    paths = (checkpoint, folder, image_models["i2v"], image_models["ti2v"], picture)
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.engine.loading_ranks", *map(str, paths)],
@@ -85,11 +85,12 @@ def test_every_rung_makes_the_same_video(ranks: Ranks, alone: Pipeline, rung: st
     assert np.abs(with_lora.astype(int) - plain).max() > 8
 
 
+@pytest.mark.parametrize("task", ["i2v", "ti2v"])
 def test_a_4_to_3_picture_over_two_ranks_makes_the_video_of_one(
-    ranks: Ranks, image_models: dict[Task, Path], picture: Path
+    ranks: Ranks, image_models: dict[Task, Path], picture: Path, task: Task
 ) -> None:
-    expected = photo_video(load_pipeline(image_models["i2v"], device="cpu"), picture)
-    assert np.abs(np.load(ranks[0] / "photo.npy").astype(int) - expected).max() <= 1
+    expected = photo_video(load_pipeline(image_models[task], device="cpu"), picture)
+    assert np.abs(np.load(ranks[0] / f"photo-{task}.npy").astype(int) - expected).max() <= 1
 
 
 @pytest.mark.parametrize("rung", RUNGS)

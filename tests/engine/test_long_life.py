@@ -1,4 +1,4 @@
-"""200 small jobs in one process: mixed shapes, options, LoRAs, cancels and failures; nothing may grow.
+"""200 small jobs in one process: every model, mixed shapes, options, cancels and failures; nothing may grow.
 
 Every tenth job is the same request, and must give the same video to the bit, whatever went before it.
 """
@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from engine.config import Canceled, GenerationRequest, LoraUse
+from engine.config import Canceled, GenerationRequest, LoraUse, Task
 from engine.errors import OutOfMemory, RequestError
 from engine.load import load_pipeline
 from engine.pipeline import Pipeline
@@ -28,14 +28,26 @@ JOBS, SETTLED, EVERY = 200, 60, 10
 MOST_KIB_A_JOB = 24.0  # of a job's own tensors, tens of megabytes: one kept activation would be far more
 
 
+SIZES: dict[Task, list[str]] = {
+    "t2v": ["16*16", "32*16", "16*48", "48*32"],
+    "i2v": ["32*32", "32*48"],
+    "ti2v": ["32*32", "64*32"],
+}
+Family = dict[Task, Pipeline]
+
+
 @pytest.fixture(scope="module")
-def lively(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    folder = Path(shutil.copytree(tiny, tmp_path_factory.mktemp("lively") / "model"))
-    reel = json.loads((folder / "reel.json").read_text())
-    sizes = ["16*16", "32*16", "16*48", "48*32"]
-    (folder / "reel.json").write_text(json.dumps(reel | {"sizes": sizes, "max_frame_num": 9}))
-    write_lora(folder / "loras" / "style.safetensors", load_pipeline(folder, device="cpu").high)
-    return load_pipeline(folder, device="cpu")
+def lively(tiny: Path, image_models: dict[Task, Path], tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """Every model of the family, small sizes only; T2V with a LoRA."""
+    place, family = tmp_path_factory.mktemp("lively"), Family()
+    for task, model in {"t2v": tiny, **image_models}.items():
+        folder = Path(shutil.copytree(model, place / task))
+        reel = json.loads((folder / "reel.json").read_text())
+        (folder / "reel.json").write_text(json.dumps(reel | {"sizes": SIZES[task], "max_frame_num": 9}))
+        family[task] = load_pipeline(folder, device="cpu")
+    write_lora(place / "t2v" / "loras" / "style.safetensors", family["t2v"].high)
+    family["t2v"] = load_pipeline(place / "t2v", device="cpu")
+    return family
 
 
 def resident() -> int:
@@ -55,7 +67,11 @@ def tensors() -> int:
     return sum(storages.values())
 
 
-def a_request(pipeline: Pipeline, rng: random.Random) -> GenerationRequest:
+def a_request(pipeline: Pipeline, rng: random.Random, picture: Path) -> GenerationRequest:
+    """Any options that the model has; an image where it needs one, or may have one."""
+    task = pipeline.spec.task
+    uses = [(), (), (), (LoraUse("style", 0.5),), (LoraUse("style", 1.0, "low"),)] if task == "t2v" else [()]
+    images = {"t2v": [None], "i2v": [picture], "ti2v": [None, picture]}
     return resolve(
         pipeline.spec,
         rng.choice(["a cat", "two dancers turn slowly", "一只白色的猫 &amp; more " * 20]),
@@ -67,13 +83,15 @@ def a_request(pipeline: Pipeline, rng: random.Random) -> GenerationRequest:
         seed=rng.randrange(2**32),
         solver=rng.choice(["unipc", "dpm++"]),
         negative_prompt=rng.choice(["", "blurry"]),
-        loras=rng.choice([(), (), (), (LoraUse("style", 0.5),), (LoraUse("style", 1.0, "low"),)]),
+        loras=rng.choice(uses),
+        image=rng.choice(images[task]),
     )
 
 
-def one_job(pipeline: Pipeline, rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> str:
+def one_job(family: Family, rng: random.Random, picture: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A job that ends well, is canceled, is refused, fails in its sink, or runs out of memory somewhere."""
-    request = a_request(pipeline, rng)
+    pipeline = family[rng.choice(["t2v", "t2v", "t2v", "i2v", "ti2v"])]
+    request = a_request(pipeline, rng, picture)
     fate = rng.choice(["done"] * 6 + ["cancel", "memory", "sink", "refused"])
     if fate == "cancel":
         questions = iter([False] * rng.randrange(4) + [True] * 99)
@@ -109,24 +127,32 @@ class Broken:
         raise BrokenPipeError("ffmpeg is gone")
 
 
-def test_two_hundred_jobs_leave_nothing(
-    lively: Pipeline, rng: random.Random, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    known = resolve(lively.spec, "a cat", size=(48, 32), frame_num=5, sampling_steps=4, shift=1.0, seed=1)
-
-    def known_video() -> np.ndarray:
+def known_videos(family: Family, picture: Path) -> dict[Task, np.ndarray]:
+    """The same request each time, of every model."""
+    videos = {}
+    for task, pipeline in family.items():
+        request = resolve(
+            pipeline.spec, "a cat", frame_num=5, sampling_steps=4, shift=1.0, seed=1,
+            image=None if task == "t2v" else picture,
+        )  # fmt: skip
         sink = Frames()
-        lively.generate(known, sink)
-        return sink.video
+        pipeline.generate(request, sink)
+        videos[task] = sink.video
+    return videos
 
-    expected = known_video()
+
+def test_two_hundred_jobs_leave_nothing(
+    lively: Family, picture: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = known_videos(lively, picture)
     fates: dict[str, int] = {}
     numbers, sizes, held = [], [], []
     for number in range(JOBS):
-        fate = one_job(lively, rng, monkeypatch)
+        fate = one_job(lively, rng, picture, monkeypatch)
         fates[fate] = fates.get(fate, 0) + 1
         if number % EVERY == EVERY - 1:
-            assert np.array_equal(known_video(), expected), f"job {number}, after {fate}"
+            for task, video in known_videos(lively, picture).items():
+                assert np.array_equal(video, expected[task]), f"{task}, job {number}, after {fate}"
             if number >= SETTLED:
                 numbers.append(number)
                 sizes.append(resident())

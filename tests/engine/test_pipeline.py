@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import numpy as np
@@ -104,17 +105,47 @@ def test_cancel_at_a_step_boundary(pipeline: Pipeline, after: int, where: str) -
     pipeline.generate(request, Frames())  # the next one is not disturbed
 
 
-def test_out_of_memory_fails_the_request_alone(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("tried to allocate 7 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        MemoryError("the host's"),
+        None,  # a real one: a petabyte on a CPU
+    ],
+)
+def test_out_of_memory_fails_the_request_alone(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
     request = resolve(pipeline.spec, "a cat", frame_num=1, sampling_steps=1)
 
     def fail(*_: object) -> None:
-        raise torch.OutOfMemoryError("tried to allocate 7 GiB")
+        if error is None:
+            torch.empty(10**15, dtype=torch.uint8)
+        else:
+            raise error
 
+    def video() -> np.ndarray:
+        sink = Frames()
+        pipeline.generate(request, sink)
+        return sink.video
+
+    expected, words = video(), "allocate" if error is None else re.escape(str(error))
     with monkeypatch.context() as patch:
         patch.setattr(DiT, "forward", fail)
-        with pytest.raises(OutOfMemory, match="denoising, step 0 of 1: tried to allocate 7 GiB"):
-            pipeline.generate(request, Frames())
-    pipeline.generate(request, Frames())
+        with pytest.raises(OutOfMemory, match=f"cpu ran out of memory at denoising, step 0 of 1: .*{words}"):
+            video()
+    assert np.array_equal(video(), expected)
+
+
+def test_another_error_is_not_taken_for_memory(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(DiT, "forward", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        pipeline.generate(resolve(pipeline.spec, "a cat", frame_num=1, sampling_steps=1), Frames())
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,9 @@ from engine.run import run
 from engine.video import decode_video
 from infra.cli import invoke
 from tests.engine.loras import write_lora
-from tests.engine.oracle import relative, twin_dits, twin_vaes
+from tests.engine.oracle import relative
 from tests.engine.ranks import environment
-from tests.engine.test_diffusers_layout import save
+from tests.engine.saved import save_model
 
 FIELDS = (
     "--size", "96*64", "--frame-num", "5", "--shift", "3", "--sampling-steps", "2",
@@ -93,32 +94,83 @@ def test_bfloat16_is_near_float32(tiny: Path, tmp_path: Path) -> None:
     assert 1e-5 < relative(rounded, exact) < 0.05
 
 
-@pytest.mark.parametrize("task", ["i2v", "ti2v"])
-def test_the_image_models_from_a_picture_in_process(
-    image_models: dict[Task, Path], picture: Path, tmp_path: Path, task: Task
-) -> None:
-    run(
-        model=image_models[task], prompt="a boat", out=tmp_path / "a.mp4", image=picture, sampling_steps=1,
-        seed=2, save_latents=tmp_path / "latents.safetensors",
+KINDS = ("i2v", "ti2v with an image", "ti2v", "diffusers t2v", "diffusers i2v")
+
+
+@pytest.fixture(scope="module")
+def commands(
+    image_models: dict[Task, Path], picture: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[str]]:
+    """Arguments of `reel run` for each of KINDS, but for where results go."""
+    generator = torch.Generator().manual_seed(3)
+    folder = tmp_path_factory.mktemp("saved")
+    for task in ("t2v", "i2v"):
+        save_model(folder / task, generator, task, with_image=task == "i2v")
+    models = (image_models["i2v"], image_models["ti2v"], image_models["ti2v"], folder / "t2v", folder / "i2v")
+    return {
+        kind: [
+            "a boat", "--model", str(model), "--sampling-steps", "2", "--seed", "2", "--guide-scale", "2.0",
+            *(() if kind in ("ti2v", "diffusers t2v") else ("--image", str(picture))),
+        ]
+        for kind, model in zip(KINDS, models, strict=True)
+    }  # fmt: skip
+
+
+def with_results(arguments: list[str], stem: Path) -> list[str]:
+    return [*arguments, "--out", f"{stem}.mp4", "--save-latents", f"{stem}.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def under_torchrun(
+    commands: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str, str]:
+    """(where two ranks of torchrun left the results of all kinds, what they printed, what they logged)."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    cases = [with_results(commands[kind], folder / kind) for kind in KINDS]
+    (folder / "cases.json").write_text(json.dumps(cases))
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+            "-m", "tests.engine.run_ranks", str(folder / "cases.json"),
+        ],
+        env=environment(), capture_output=True, text=True, timeout=150, check=False,
     )  # fmt: skip
-    info, frames = decode_video(tmp_path / "a.mp4")
-    latents = load_file(tmp_path / "latents.safetensors")["latents"]
-    stride = 16 if task == "ti2v" else 8
-    assert latents.shape == (48 if task == "ti2v" else 16, 2, info.height // stride, info.width // stride)
-    assert info.width > info.height  # the picture's aspect, not the asked 64*96
-    assert np.ptp(frames) > 50
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout, done.stderr
 
 
-def test_a_diffusers_layout_in_process(
-    generator: torch.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_whole_family_in_process_and_under_torchrun_alike(
+    commands: dict[str, list[str]],
+    under_torchrun: tuple[Path, str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
 ) -> None:
-    dits = [twin_dits(generator, layers=1)[1] for _ in range(2)]
-    save(tmp_path / "saved", generator, dits, twin_vaes(generator, "2.1").theirs)
-    run(model=tmp_path / "saved", prompt="a cat", out=tmp_path / "a.mp4", sampling_steps=1, seed=4)
+    assert invoke(["run", *with_results(commands[kind], tmp_path / kind)]) == 0
     words = capsys.readouterr()
-    assert "seed 4" in words.out
-    assert "loading transformer" in words.err  # the loading's own bar, with bytes and a rate
-    assert decode_video(tmp_path / "a.mp4")[0].frames == 5
+    assert words.out.startswith("seed 2\n")
+    assert "2/2" in words.err  # the progress bar
+    part = "loading transformer" if "diffusers" in kind else "loading VAE"
+    assert part in words.err  # the loading's own bar, with bytes and a rate
+    info, frames = decode_video(tmp_path / f"{kind}.mp4")
+    stride, channels = (16, 48) if "ti2v" in kind else (8, 16)
+    one, two = (
+        load_file(folder / f"{kind}.safetensors")["latents"] for folder in (tmp_path, under_torchrun[0])
+    )
+    assert one.shape == (channels, 2, info.height // stride, info.width // stride)
+    # The image models' default is upright, the saved ones' is not, and a picture's aspect counts more.
+    assert (info.width > info.height) == (kind != "ti2v")
+    assert np.ptp(frames) > 50
+    assert relative(two, one) < 1e-5
+    assert decode_video(under_torchrun[0] / f"{kind}.mp4")[0] == info
+
+
+def test_rank_0_alone_speaks_and_shows_its_memory_plan(under_torchrun: tuple[Path, str, str]) -> None:
+    _, words, log = under_torchrun
+    assert words.count("seed 2") == len(KINDS)
+    assert log.count("memory of") == log.count(", rank 0 of 2") == len(KINDS)
+    assert log.count("text keys and values") == len(KINDS)
 
 
 def test_flags_for_loras_memory_and_checksums(

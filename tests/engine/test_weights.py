@@ -3,6 +3,7 @@
 import json
 import lzma
 import pickle
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -269,6 +270,19 @@ def test_a_text_encoder_of_another_width_is_refused(broken: Path) -> None:
     del state["blocks.0.attn.q.weight"]
     torch.save(state, path)
     assert "lacks blocks.0.attn.q.weight" in complaint(broken)
+
+
+def test_the_log_tells_what_was_read_and_how_fast(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        load_pipeline(tiny, device="cpu")
+    lines = [line for line in caplog.messages if line.startswith("loaded ")]
+    assert [line.split(":")[0] for line in lines] == [
+        f"loaded {part}" for part in ("high_noise_model", "low_noise_model", "VAE", "text encoder")
+    ]
+    figures = (
+        r"0\.\d\d GB from [12] files in \d+\.\d s, \d+\.\d\d GB/s \(0\.\d\d GB of it read by this rank\)"
+    )
+    assert all(re.search(figures, line) for line in lines), lines
 
 
 def test_casting_keeps_the_fp32_parts(tiny: Path) -> None:

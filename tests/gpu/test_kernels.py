@@ -5,13 +5,14 @@ import torch
 import torch.nn.functional as F
 
 from engine.rope import rope_table
-from kernels import attention, gemm, norm_modulate, qk_norm_rope, vae_norm_silu
+from kernels import attention, gemm, norm_modulate, qk_norm_rope, vae_norm_silu, vae_upsample
 from kernels.attention import reference as attention_reference
 from kernels.gemm import reference as gemm_reference
 from kernels.norm_modulate import Norm
 from kernels.norm_modulate import reference as norm_reference
 from kernels.qk_norm_rope import reference as qk_reference
 from kernels.vae_norm_silu import reference as vae_reference
+from kernels.vae_upsample import reference as upsample_reference
 from tests.kernels.check import assert_as_good, relative_error
 
 CUDA = torch.device("cuda")
@@ -118,6 +119,46 @@ def test_vae_norm_silu(dtype: torch.dtype, channels: int, height: int, width: in
     assert_as_good(vae_norm_silu.norm_silu(x, gamma), vae_reference.norm_silu(x, gamma), exact)
 
 
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("frames", [1, 2])
+@pytest.mark.parametrize(("channels", "height", "width"), [(96, 720, 1280), (192, 359, 637), (384, 90, 160)])
+def test_vae_join(dtype: torch.dtype, frames: int, channels: int, height: int, width: int):
+    """Sum, norm, SiLU and cached frames, as a residual block calls it."""
+    last = torch.channels_last_3d
+    x, shortcut = randn(2, 1, channels, frames, height, width).to(dtype).unbind(0)
+    past = randn(1, channels, 2, height, width).to(dtype)
+    bias, gamma = randn(2, channels).to(dtype).unbind(0)
+
+    def run(join, wide: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """(the convolution's input, the next past, the sum)."""
+        y, old = (t.to(wide).clone().contiguous(memory_format=last) for t in (x, past))
+        out = torch.full((1, channels, frames + 2, height, width), float("nan"), device=CUDA, dtype=wide)
+        out = out.contiguous(memory_format=last)
+        more = {"past_BCTHW": old, "bias_C": bias.to(wide), "shortcut_BCTHW": shortcut.to(wide)}
+        total = join(y, out, **more, gamma_C=gamma.to(wide), silu=True, keep=True)
+        return out, old, total
+
+    got = run(vae_norm_silu.join, dtype)
+    plain, exact = run(vae_reference.join, dtype), run(vae_reference.join, torch.float64)
+    for ours, theirs, right in zip(got, plain, exact, strict=True):
+        assert_as_good(ours, theirs, right)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("c", "o", "height", "width"), [(192, 96, 360, 640), (384, 192, 45, 79)])
+def test_vae_upsample(c: int, o: int, height: int, width: int, dtype: torch.dtype):
+    """Phase convolutions with folded weights against doubling and convolving."""
+    x, bias = randn(2, c, height, width).to(dtype), randn(o).to(dtype)
+    weight = (randn(o, c, 3, 3) / (9 * c) ** 0.5).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    got = vae_upsample.interleave(F.conv2d(x, vae_upsample.fold(weight), padding=1), bias)
+    plain = upsample_reference.upsample_conv(x, weight, bias)
+    exact = upsample_reference.upsample_conv(x[:1].double(), weight.double(), bias.double())
+    # Sums of weights are rounded once more, which costs 13 to 17 % of half precision's own error on a CPU.
+    assert relative_error(got[:1], exact) <= 1.25 * relative_error(plain[:1], exact)
+    assert got.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("kind", "queries", "keys", "heads"), [("self", 9450, 9433, 5), ("cross", 9450, 512, 40)]
 )
@@ -130,3 +171,18 @@ def test_attention(kind: str, queries: int, keys: int, heads: int):
     got = attention.attention(q, k, v, kind)
     assert got.isfinite().all()
     assert relative_error(got[:, sample], exact) <= 1.1 * relative_error(plain[:, sample], exact)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("pixels", "head"), [(90 * 160, 384), (3519, 1024)])
+def test_wide_attention(pixels: int, head: int, dtype: torch.dtype):
+    """Our form at the VAE's sizes, whatever the table chooses."""
+    from kernels.wide_attention import triton
+
+    q, k, v = randn(1, 1, pixels, 3 * head).to(dtype).chunk(3, dim=-1)
+    sample = torch.randint(pixels, (64,), device=CUDA)
+    exact = F.scaled_dot_product_attention(q[:, :, sample].double(), k.double(), v.double())
+    got = triton.attention(q, k, v)
+    assert got.isfinite().all()
+    plain = F.scaled_dot_product_attention(q, k, v)[:, :, sample]
+    assert relative_error(got[:, :, sample], exact) <= 1.1 * relative_error(plain, exact)

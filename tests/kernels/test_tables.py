@@ -30,7 +30,8 @@ def test_shipped_tables_name_their_device_and_when():
         assert tables.file_name(table["device"]) == path.name
         assert table["measured"]
         assert set(table["ops"]) <= {
-            "norm_modulate", "qk_norm_rope", "rms_norm", "gemm", "attention", "vae_norm_silu"
+            "norm_modulate", "qk_norm_rope", "rms_norm", "gemm", "attention", "vae_norm_silu", "vae_upsample",
+            "wide_attention",
         }  # fmt: skip
         for entry in table["ops"].get("gemm", {}).values():
             assert entry["backend"] in ("library", "triton")
@@ -42,7 +43,8 @@ def test_importing_kernels_imports_no_triton():
 
     code = (
         "import sys, kernels, kernels.norm_modulate, kernels.qk_norm_rope, kernels.gemm, kernels.attention, "
-        "kernels.vae_norm_silu\n"
+        "kernels.vae_norm_silu, kernels.vae_upsample, "
+        "kernels.wide_attention\n"
         "ours = [m for m in sys.modules if m.startswith('kernels.') and m.endswith('.triton')]\n"
         "assert not ours, ours"
     )

@@ -1,4 +1,4 @@
-"""The training commands, a few steps each on a CPU: what they leave is a checkpoint that the engine serves."""
+"""The training commands, a few steps each on a CPU: what they leave is a checkpoint that the engine takes."""
 
 import json
 import os

@@ -5,7 +5,7 @@ import torch
 
 from engine.errors import OutOfMemory, RequestError
 from jobs.job import FailureClass
-from worker.group import GroupBroken, agree
+from worker.group import GroupBroken, agree, explained
 from worker.rank import failure_class
 from worker.reports import RankReport
 
@@ -50,6 +50,18 @@ def test_anything_else_breaks_the_group(reports: list[RankReport], failure: Fail
     with pytest.raises(GroupBroken) as caught:
         agree(reports)
     assert caught.value.failure is failure
+
+
+def test_a_rank_that_dies_of_waiting_for_a_failed_one_is_not_the_reason() -> None:
+    death = GroupBroken(FailureClass.INFRASTRUCTURE, "a rank died: it waited for a lost rank")
+    full = RankReport(1, "failed", failure=FailureClass.OUT_OF_MEMORY, detail="OutOfMemory: 7 GiB")
+    other = RankReport(2, "failed", failure=FailureClass.INFRASTRUCTURE, detail="RankLost: rank 1")
+    assert explained(death, [RankReport(3, "done")]) is death
+    why = explained(death, [other, full])
+    assert (why.failure, str(why)) == (FailureClass.OUT_OF_MEMORY, "OutOfMemory: 7 GiB")
+    assert str(explained(death, [other])) == "RankLost: rank 1"
+    killed = GroupBroken(FailureClass.OUT_OF_MEMORY, "a rank ran out of memory: by the machine's guard")
+    assert explained(killed, [other]) is killed
 
 
 @pytest.mark.parametrize(

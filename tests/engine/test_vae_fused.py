@@ -1,0 +1,108 @@
+"""The fused decoder against the plain one, on a CPU through the kernels' references."""
+
+import copy
+import logging
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine import vae_fused
+from engine.config import VAEConfig
+from engine.tiny import randomize
+from engine.vae import VAE
+from tests.engine.oracle import relative
+
+KINDS = pytest.mark.parametrize("kind", ["2.1", "2.2"])
+
+
+def make_vae(generator: torch.Generator, kind: str) -> VAE:
+    """A small VAE in which every tensor counts; its latents have a mean and a spread."""
+    new = kind == "2.2"
+    stride = (4, 16, 16) if new else (4, 8, 8)
+    vae = VAE(VAEConfig("2.2" if new else "2.1", 8, 8, 4, (0.1,) * 4, (1.2,) * 4, stride=stride))
+    randomize(vae, generator)
+    return vae.requires_grad_(False).eval()
+
+
+def fused_decode(vae: VAE, latents: Tensor) -> Tensor:
+    with mock.patch.object(vae_fused, "applies", return_value=True), torch.inference_mode():
+        return vae.decode(latents)
+
+
+@KINDS
+@pytest.mark.parametrize(("frames", "rows", "columns"), [(1, 1, 1), (2, 3, 5), (4, 5, 2), (3, 1, 4)])
+def test_fused_is_plain(generator: torch.Generator, kind: str, frames: int, rows: int, columns: int) -> None:
+    vae = make_vae(generator, kind)
+    latents = torch.randn(1, 4, frames, rows, columns, generator=generator)
+    error = relative(fused_decode(vae, latents), vae.decode(latents))
+    print(f"relative error {error:.2e}")
+    assert error < 1e-5
+
+
+@KINDS
+def test_a_batch_and_each_chunk_as_it_comes(generator: torch.Generator, kind: str) -> None:
+    vae = make_vae(generator, kind)
+    latents = torch.randn(2, 4, 3, 2, 3, generator=generator)
+    with mock.patch.object(vae_fused, "applies", return_value=True), torch.inference_mode():
+        for got, want in zip(vae.decode_chunks(latents), chunks(vae, latents), strict=True):
+            assert relative(got, want) < 1e-5
+
+
+def chunks(vae: VAE, latents: Tensor) -> list[Tensor]:
+    with mock.patch.object(vae_fused, "applies", return_value=False):
+        return list(vae.decode_chunks(latents))
+
+
+@KINDS
+def test_a_smaller_residual_stream_gives_the_same_video(generator: torch.Generator, kind: str) -> None:
+    vae = make_vae(generator, kind)
+    latents = torch.randn(1, 4, 2, 2, 3, generator=generator)
+    want = vae.decode(latents)
+    with torch.inference_mode():
+        vae.decoder = vae_fused.scaled_down(vae.decoder, 2.0**-6)
+        assert relative(vae.decode(latents), want) < 1e-5
+
+
+def scaled_up(vae: VAE, factor: float) -> VAE:
+    """The same video by a residual stream that many times as large."""
+    vae.decoder = vae_fused.scaled_down(vae.decoder, factor)
+    return vae
+
+
+def half_precision(vae: VAE, latents: Tensor) -> Tensor:
+    return fused_decode(vae.half(), latents.half()).float()
+
+
+@pytest.mark.parametrize(("factor", "again"), [(2.0**8, 0), (2.0**15, 1)])
+def test_fp16_range_is_guarded(
+    generator: torch.Generator, caplog: pytest.LogCaptureFixture, factor: float, again: int
+) -> None:
+    """Activations scaled up, also beyond fp16's range: noticed, decoded again, and as exact as they were."""
+    vae = make_vae(generator, "2.1")
+    latents = torch.randn(1, 4, 3, 2, 3, generator=generator)
+    want = vae.decode(latents)
+    usual = relative(half_precision(copy.deepcopy(vae), latents), want)
+    assert usual < 5e-3
+    # Weights carry the factor: all fit in fp16, but not the sums of their products with 2^15.
+    vae = scaled_up(vae, factor)
+    with caplog.at_level(logging.WARNING):
+        got = half_precision(vae, latents)
+    print(f"relative error {relative(got, want):.2e}, usually {usual:.2e}; {caplog.text}")
+    assert relative(got, want) < 1.3 * usual
+    assert caplog.text.count("left fp16's range") == again
+
+
+def test_latents_that_are_not_finite_end(
+    generator: torch.Generator, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No scale mends those: their frames come out as they are, after the last try."""
+    vae = make_vae(generator, "2.1")
+    latents = torch.randn(1, 4, 3, 1, 2, generator=generator)
+    latents[:, :, 1] = float("nan")
+    got = half_precision(vae, latents)
+    assert got.shape == vae.float().decode(latents).shape
+    assert got[:, :, :1].isfinite().all()
+    assert got[:, :, 1:].isnan().any()
+    assert caplog.text.count("left fp16's range") == vae_fused.TRIES - 1
