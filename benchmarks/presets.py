@@ -53,7 +53,7 @@ class Setting:
     model: Path
     judge: Path | None  # None: clips are compared, not read
     names: tuple[str, ...]  # presets, lossless not among them
-    told: str  # JSON instead of reel.json's `presets`; "": reel.json's
+    told: str  # JSON of the `presets` object; "": reel.json's
     frame_num: int
     side: int
     threads: int
@@ -107,7 +107,7 @@ class Maker:
 
     def row(self, index: int, scene: Scene, prompt: str) -> Row:
         """All presets of one caption against its lossless clip."""
-        found: Row = {"seed": index, "prompt": prompt, "presets": {}}
+        found: Row = {"seed": index, "prompt": prompt, "told": self.setting.told, "presets": {}}
         assert self.judge is not None
         target = Tensor()
         for name in (LOSSLESS, OTHER, *self.setting.names):
@@ -130,10 +130,10 @@ def _row(task: tuple[Setting, int, Scene, str]) -> Row:
 
 
 def measure(pairs: list[tuple[Scene, str]], log: Path, setting: Setting, processes: int) -> list[Row]:
-    """One row a caption; rows of the same presets that `log` holds are kept, new ones appended."""
+    """One row a caption; rows of the same presets and settings that `log` holds are kept, new ones added."""
     rows: dict[int, Row] = {}
     for row in map(json.loads, log.read_text().splitlines() if log.exists() else []):
-        if set(setting.names) <= set(row["presets"]):
+        if set(setting.names) <= set(row["presets"]) and row["told"] == setting.told:
             rows[row["seed"]] = row
     todo = [(setting, i, *pair) for i, pair in enumerate(pairs) if i not in rows]
     with ExitStack() as stack:
@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     threads = max(1, torch.get_num_threads() // args.processes)
     setting = Setting(
-        args.model, args.judge, names, args.told, args.frame_num, args.side, threads, args.device
+        args.model, args.judge, names, json.dumps(told), args.frame_num, args.side, threads, args.device
     )
     pairs = [(scene, caption.text) for scene, caption in held_out_prompts(args.count)]
     rows = measure(pairs, args.out.with_suffix(".jsonl"), setting, args.processes)
