@@ -146,7 +146,10 @@ class World:
         for who in self.nodes:
             self._add(reel(who, ["node", "--model", str(shell)], self._node_env(who), self.folder))
         if self.model is not None:
-            real = {**self._env(REAL), "REEL_NODE_ID": REAL, "REEL_NODE_RANKS": "2", "OMP_NUM_THREADS": "1"}
+            real = {
+                **self._env(REAL), "REEL_NODE_ID": REAL, "REEL_NODE_RANKS": "2", "OMP_NUM_THREADS": "1",
+                "REEL_WARM_UP": "false",  # its ranks die so often that they would do little else
+            }  # fmt: skip
             self._add(reel(REAL, ["node", "--model", str(self.model)], real, self.folder))
 
     def _add(self, spec: PartSpec) -> None:
