@@ -20,12 +20,12 @@ from infra.stack_env import use_stack
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "images"
 MOST_BYTES = 300_000
 PROMPTS = (
-    "A red circle bounces on a dark background",
-    "A small yellow star spins in front of a large blue square",
-    "A striped green triangle glides slowly to the left at night",
-    "A purple heart grows while an orange ring drifts to the right",
-    "A dotted white ball moves up past a cross, the camera pans left",
-    "Two cyan squares cross in front of each other on a checkered background",
+    "A striped green triangle rises in a sunny day sky",
+    "A large orange square slides to the right on a striped background",
+    "A pink circle falls slowly at night",
+    "A blue ring moves to the left on a checkered background",
+    "A small yellow ball bounces up and down on a plain grey background",
+    "A large purple heart grows in front of a beige wall",
 )
 SHOTS = {
     "page-desktop": {"width": 1280, "height": 1000},
