@@ -18,16 +18,15 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks._parts import psnr
 from engine import fused, vae_fused
-from engine.config import FrameSink
 from engine.load import load_pipeline
 from engine.requests import resolve
 from engine.tiny import CORPUS, make_tiny
+from models.demo.frames import Frames
 
 ALLOWED_DB = 1.0
 # name -> (dtype of the products, whether blocks and VAE run fused)
@@ -37,17 +36,6 @@ PATHS = {
     "fused bf16 (ours)": (torch.bfloat16, True),
 }
 EXACT, PLAIN, OURS = PATHS
-
-
-class Frames(FrameSink):
-    """Keeps a video's levels."""
-
-    def __init__(self) -> None:
-        self.chunks: list[Tensor] = []
-
-    def write(self, frames: np.ndarray) -> None:
-        """Take [T, H, W, 3] uint8."""
-        self.chunks.append(torch.from_numpy(frames.copy()))
 
 
 @contextmanager
@@ -71,7 +59,7 @@ def videos(
         for seed, prompt in enumerate(prompts):
             sink = Frames()
             pipeline.generate(resolve(pipeline.spec, prompt, frame_num=frame_num, seed=seed), sink)
-            made.append(sink.chunks)
+            made.append([torch.from_numpy(part.copy()) for part in sink.parts])
             print(f"  {name}: {seed + 1} of {len(prompts)}", file=sys.stderr, flush=True)
     return made
 

@@ -27,12 +27,12 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks._similarity import feature_distance, psnr_db, ssim
-from benchmarks.quality import Frames
 from engine.config import Work
 from engine.load import capability, load_pipeline
 from engine.pipeline import Pipeline
 from engine.presets import CACHED, DRAFT, EIGHT_BIT, LOSSLESS, Machine, offers
 from engine.requests import resolve
+from models.demo.frames import Frames
 from models.demo.train.captions import held_out_prompts
 from models.demo.train.classifier import Classifier, load_classifier
 from models.demo.train.common import MODEL_DIR

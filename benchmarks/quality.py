@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.config import FrameSink
 from engine.load import load_pipeline
 from engine.pipeline import Pipeline
 from engine.requests import resolve
+from models.demo.frames import Frames
 from models.demo.train.captions import held_out_prompts
 from models.demo.train.classifier import Classifier, load_classifier
 from models.demo.train.common import MODEL_DIR, psnr
@@ -36,22 +36,6 @@ from models.demo.train.render import pack, render
 from models.demo.train.world import Scene
 
 Row = dict[str, Any]  # a caption's seed, prompt, tallies and decibels
-
-
-class Frames(FrameSink):
-    """Keeps a video's frames in memory."""
-
-    def __init__(self) -> None:
-        self.parts: list[np.ndarray] = []
-
-    def write(self, frames: np.ndarray) -> None:
-        """Take [T, H, W, 3] uint8."""
-        self.parts.append(frames)
-
-    def video(self) -> Tensor:
-        """[1, 3, T, H, W] in [-1, 1]."""
-        frames = torch.from_numpy(np.concatenate(self.parts))
-        return frames.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
 
 
 def generate(pipeline: Pipeline, prompt: str, seed: int, size: tuple[int, int], frame_num: int) -> Tensor:

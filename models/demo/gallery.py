@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from engine.config import FrameSink
 from engine.load import load_pipeline
 from engine.requests import resolve
+from models.demo.frames import Frames
 
 PROMPTS = (
     "A large red star glides to the right while spinning, under a starry sky",
@@ -31,17 +31,6 @@ PROMPTS = (
     "A yellow triangle spins above a pink ring spinning, over a dotted backdrop",
 )
 COLUMNS, MOMENTS, LINE = 3, 3, 15
-
-
-class Frames(FrameSink):
-    """Keeps a video's frames."""
-
-    def __init__(self) -> None:
-        self.parts: list[np.ndarray] = []
-
-    def write(self, frames: np.ndarray) -> None:
-        """Take [T, H, W, 3] uint8."""
-        self.parts.append(frames)
 
 
 def sheet(videos: list[np.ndarray], prompts: tuple[str, ...], gap: int = 8) -> Image.Image:
@@ -75,7 +64,7 @@ def main() -> None:
     for seed, prompt in enumerate(PROMPTS):
         sink = Frames()
         pipeline.generate(resolve(pipeline.spec, prompt, seed=seed), sink)
-        videos.append(np.concatenate(sink.parts))
+        videos.append(sink.array())
         print(f"{seed + 1} of {len(PROMPTS)}: {prompt}", flush=True)
     sheet(videos, PROMPTS).save(args.out, optimize=True)
     print(args.out)

@@ -1,4 +1,4 @@
-"""Compiles the 8-bit kernels for a Hopper GPU, without one; run by test_eight_bit_compiles."""
+"""Compiles the 8-bit kernels for a Hopper GPU, without one; run by test_compiles."""
 
 import re
 import warnings

@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_every_kernel_compiles(tmp_path: Path):
+
+@pytest.mark.parametrize(("module", "kernels"), [("compile_kernels", 9), ("compile_eight_bit", 5)])
+def test_every_kernel_compiles(tmp_path: Path, module: str, kernels: int):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compile_kernels"],
+        [sys.executable, "-m", f"tests.kernels.{module}"],
         env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -17,4 +20,4 @@ def test_every_kernel_compiles(tmp_path: Path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 9
+    assert len(done.stdout.splitlines()) == kernels

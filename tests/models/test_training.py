@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config import FrameSink
 from engine.load import load_pipeline
 from engine.requests import resolve
+from models.demo.frames import Frames
 from models.demo.train.common import MODEL_DIR
 from models.demo.train.tokenizer import save_tokenizer
 
@@ -23,17 +23,6 @@ COMMANDS = (
     ("train_classifier", "--max-steps", "2", "--batch", "4"),
     ("train_experts", "--max-steps", "2", "--batch", "2", "--clips", "3", "--big-clips", "0", "--no-compile"),
 )
-
-
-class Keep(FrameSink):
-    """Counts frames."""
-
-    def __init__(self) -> None:
-        self.frames: list[np.ndarray] = []
-
-    def write(self, frames: np.ndarray) -> None:
-        """Take [T, H, W, 3]."""
-        self.frames.append(frames)
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +43,10 @@ def test_commands_leave_a_checkpoint_that_the_engine_serves(checkpoint: Path) ->
     assert facts["negative_prompt"] == "", "the prompt that training drops texts to"
     assert len(facts["latent_mean"]) == len(facts["latent_std"]) == 16
     pipeline = load_pipeline(checkpoint)
-    sink = Keep()
+    sink = Frames()
     request = resolve(pipeline.spec, "A red circle", size=(128, 128), frame_num=5, sampling_steps=2, seed=1)
     pipeline.generate(request, sink)
-    frames = np.concatenate(sink.frames)
+    frames = sink.array()
     assert frames.shape == (5, 128, 128, 3)
     assert frames.std() > 0
 
