@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.fp8_gemm.rows import E4M3, Rows
 from kernels.norm_modulate.norm import Norm
-from kernels.norm_modulate.triton import _sets, _vector
+from kernels.norm_modulate.triton import Operands, normed_rows
 from kernels.tables import setting
 
 DEFAULT = {"warps": 8}
@@ -61,32 +61,11 @@ def _norm_kernel(
     NORM_SETS: tl.constexpr,
 ):
     row = tl.program_id(0) + tl.arange(0, 1)
-    cols = tl.arange(0, BLOCK)
-    valid = (row < rows)[:, None] & (cols < D)[None, :]
-    batch = row // length
-    token = row - batch * length
-    after = (token >= split).to(tl.int32)
-    at = row.to(tl.int64)[:, None] * D + cols[None, :]
-    x_at = (batch.to(tl.int64) * x_batch_stride + token.to(tl.int64) * D)[:, None] + cols[None, :]
-
-    x = tl.load(x_ptr + x_at, mask=valid, other=0.0).to(tl.float32)
-    if ADD:
-        y = tl.load(y_ptr + at, mask=valid, other=0.0).to(tl.float32)
-        if GATE:
-            second = after * (GATE_SETS - 1)
-            y *= _vector(gate_ptr, gate_batch_stride, batch, second, cols, valid, D, GATE_SHARED)
-        new = (x + y).to(new_ptr.dtype.element_ty)
-        tl.store(new_ptr + at, new, mask=valid)
-        x = new.to(tl.float32)
-
-    mean = tl.sum(x, axis=1) / D
-    centred = tl.where(valid, x - mean[:, None], 0.0)
-    variance = tl.sum(centred * centred, axis=1) / D
-    normed = centred * tl.rsqrt(variance + eps)[:, None]
-    second = after * (NORM_SETS - 1)
-    scale = _vector(scale_ptr, norm_batch_stride, batch, second, cols, valid, D, NORM_SHARED)
-    shift = _vector(shift_ptr, norm_batch_stride, batch, second, cols, valid, D, NORM_SHARED)
-    value = normed * (OFFSET + scale) + shift
+    value, at, valid = normed_rows(
+        x_ptr, y_ptr, gate_ptr, shift_ptr, scale_ptr, new_ptr, row, rows, length, split, x_batch_stride,
+        gate_batch_stride, norm_batch_stride, eps, D, BLOCK, OFFSET, ADD, GATE, GATE_SHARED, GATE_SETS,
+        NORM_SHARED, NORM_SETS,
+    )  # fmt: skip
     _store_quantized(value, out_ptr, factor_ptr, at, row, valid, row < rows)
 
 
@@ -132,51 +111,21 @@ def gelu_quantize(x_BLN: Tensor) -> Rows:
 
 
 def _launch(x_BLD: Tensor, y_BLD: Tensor | None, gate_BSD: Tensor | None, norm: Norm) -> tuple[Tensor, Rows]:
-    x_BLD = x_BLD.contiguous()
-    shape = x_BLD.shape if y_BLD is None else y_BLD.shape
-    batch, length, dim = shape
-    if x_BLD.shape[1:] != shape[1:] or x_BLD.shape[0] not in (1, batch):
-        raise ValueError(f"residual {tuple(x_BLD.shape)} doesn't broadcast to the branch's {tuple(shape)}")
-    scale, norm_sets, norm_stride = _sets(norm.scale, "scale", batch, dim)
-    shift, shift_sets, shift_stride = _sets(norm.shift, "shift", batch, dim)
-    if (norm_sets, norm_stride) != (shift_sets, shift_stride):
-        raise ValueError(f"scale {tuple(scale.shape)} and shift {tuple(shift.shape)} differ")
-    gate, gate_sets, gate_stride = scale, 1, 0
-    if gate_BSD is not None:
-        gate, gate_sets, gate_stride = _sets(gate_BSD, "gate", batch, dim)
-    out = _empty(shape, x_BLD.device)
-    new = x_BLD if y_BLD is None else torch.empty(shape, dtype=x_BLD.dtype, device=x_BLD.device)
-    if x_BLD.numel() == 0:
-        return new, out
+    operands = Operands.of(x_BLD, y_BLD, gate_BSD, norm)
+    out = _empty(operands.shape, x_BLD.device)
+    if operands.shape.numel() == 0:
+        return operands.new, out
+    batch, length, dim = operands.shape
     tuned = setting("norm_quantize", f"{dim}", x_BLD.device, DEFAULT)
     _norm_kernel[(batch * length,)](
-        x_BLD,
-        x_BLD if y_BLD is None else y_BLD.contiguous(),
-        gate,
-        shift,
-        scale,
-        new,
+        *operands.tensors,
         out.data,
         out.scale,
-        batch * length,
-        length,
-        norm.split,
-        0 if x_BLD.shape[0] == 1 else length * dim,
-        gate_stride,
-        norm_stride,
-        norm.eps,
-        D=dim,
-        BLOCK=triton.next_power_of_2(dim),
-        OFFSET=norm.offset,
-        ADD=y_BLD is not None,
-        GATE=gate_BSD is not None,
-        GATE_SHARED=gate_sets == 1 and gate_stride == 0,
-        GATE_SETS=gate_sets,
-        NORM_SHARED=norm_sets == 1 and norm_stride == 0,
-        NORM_SETS=norm_sets,
+        *operands.numbers,
         num_warps=tuned["warps"],
+        **operands.constants,
     )
-    return new, out
+    return operands.new, out
 
 
 def normalize(x_BLD: Tensor, norm: Norm) -> Rows:
