@@ -34,14 +34,14 @@ WEED = ("master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "fi
 T = TypeVar("T")
 
 
-def until(probe: Callable[[], T | None], seconds: float, what: str) -> T:
-    """The probe's first truthy answer within `seconds`."""
+def until(probe: Callable[[], T | None], seconds: float, what: str | Callable[[], str]) -> T:
+    """The probe's first truthy answer within `seconds`. what: for the message; a function is asked late."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if answer := probe():
             return answer
         time.sleep(0.1)
-    raise AssertionError(f"waited {seconds:.0f} s in vain for {what}")
+    raise AssertionError(f"waited {seconds:.0f} s in vain for {what if isinstance(what, str) else what()}")
 
 
 class Process:
