@@ -19,7 +19,7 @@ from engine.memory import RUNGS, MemoryPlan
 from engine.offload import HostTextEncoder, PromptEncoder
 from engine.parallel.mesh import Mesh
 from engine.pipeline import Pipeline
-from engine.specs import T2V_A14B, TI2V_5B, Facts, make_spec
+from engine.specs import I2V_A14B, T2V_A14B, TI2V_5B, Facts, make_spec
 from engine.text_encoder import TextEncoder
 from engine.tiny import CORPUS, TINY_DIT, TINY_VAE
 from engine.umt5 import umt5_config
@@ -52,6 +52,9 @@ SMALL = (384, 32, 32, 64, 4, 2)
 FULL = {
     "A14B": Shape(
         replace(T2V_A14B, max_frame_num=81), DiTConfig(5120, 13_824, 40, 40), VAE_21, XXL, experts=2
+    ),
+    "I2V": Shape(
+        replace(I2V_A14B, max_frame_num=81), DiTConfig(5120, 13_824, 40, 40, 36), VAE_21, XXL, experts=2
     ),
     "5B": Shape(
         replace(TI2V_5B, max_frame_num=121), DiTConfig(3072, 14_336, 24, 30, 48, 48), VAE_22, XXL, experts=1
@@ -114,13 +117,20 @@ def layout_of(shape: Shape) -> Layout:
 
 
 def random_pipeline(
-    shape: Shape, plan: MemoryPlan, device: torch.device, dtype: torch.dtype, vae_dtype: torch.dtype
+    shape: Shape,
+    plan: MemoryPlan,
+    device: torch.device,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype,
+    mesh: Mesh | None = None,
 ) -> Pipeline:
-    """The whole model of that shape on one device, placed as the plan's rung says (down to `text`)."""
+    """The whole model of that shape on this rank's device, placed as the plan's rung says (to `text`).
+
+    Ranks that seeded alike hold the same weights.
+    """
     step = RUNGS.index(plan.rung)
     if step > RUNGS.index("text"):
         raise ValueError(f"random models are made for the rungs down to text, not for {plan.rung}")
-    mesh = Mesh.single()
     dit, vae, text = meta_parts(shape)
     experts = [fill(dit, device, dtype, keep_fp32=True)]
     if shape.experts > 1:
@@ -132,7 +142,7 @@ def random_pipeline(
     encoder: PromptEncoder = HostTextEncoder(text, shape.dit.text_dim, device) if on_cpu else text
     attends = (pick_attend(kind, dtype, shape.dit.head_dim, device) for kind in ("self", "cross"))  # type: ignore[arg-type]
     high, low = experts[0], experts[1] if shape.experts > 1 else None
-    pipeline = Pipeline(shape.spec, encoder, high, low, vae, mesh, device, *attends)  # type: ignore[arg-type]
+    pipeline = Pipeline(shape.spec, encoder, high, low, vae, mesh or Mesh.single(), device, *attends)  # type: ignore[arg-type]
     pipeline.branches_in_turn = step >= RUNGS.index("branches")
     return pipeline
 

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch.distributed.run import main as torchrun
 
 from benchmarks import _parts, _timeline
+from benchmarks._book import Book
 from benchmarks._eight import Measured, report
 from benchmarks._layouts import TIMEOUT_SECONDS, TOKENS, Bench, Contestant, contestants
 from benchmarks._together import shared, together
@@ -32,31 +33,6 @@ from benchmarks._verify import WrongResult, relative_error
 from engine.parallel.symmetric import keep_multicast_off
 
 CHECK_BLOCKS = 2
-
-
-class Book:
-    """The figures so far, and the time that is left. Rank 0 alone writes and speaks."""
-
-    def __init__(self, path: Path | None, resume: bool, budget: float, started: float) -> None:
-        self.path, self._end = path, started + budget
-        self.data: dict[str, Any] = {"steps": {}}
-        if resume and path is not None and path.exists():
-            self.data = json.loads(path.read_text())
-
-    def left(self, seconds: float, device: torch.device) -> bool:
-        """Whether so many seconds are left, by the ranks' agreement."""
-        return shared(float(time.time() + seconds < self._end), device, dist.ReduceOp.MIN) > 0
-
-    def write(self, **figures: Any) -> None:
-        """Add and save."""
-        self.data |= figures
-        if dist.get_rank() == 0 and self.path is not None:
-            self.path.write_text(json.dumps(self.data, indent=1))
-
-    def say(self, words: str) -> None:
-        """On stderr, at once."""
-        if dist.get_rank() == 0:
-            print(words, file=sys.stderr, flush=True)
 
 
 def check(bench: Bench, rows: list[Contestant]) -> list[str]:

@@ -1,0 +1,37 @@
+"""The figures of a benchmark over several ranks: written as they come, gone on with later, within a time."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks._together import shared
+
+
+class Book:
+    """The figures so far, and the time that is left. Rank 0 alone writes and speaks."""
+
+    def __init__(self, path: Path | None, resume: bool, budget: float, started: float) -> None:
+        self.path, self._end = path, started + budget
+        self.data: dict[str, Any] = {"steps": {}}
+        if resume and path is not None and path.exists():
+            self.data = json.loads(path.read_text())
+
+    def left(self, seconds: float, device: torch.device) -> bool:
+        """Whether so many seconds are left, by the ranks' agreement."""
+        return shared(float(time.time() + seconds < self._end), device, dist.ReduceOp.MIN) > 0
+
+    def write(self, **figures: Any) -> None:
+        """Add and save."""
+        self.data |= figures
+        if dist.get_rank() == 0 and self.path is not None:
+            self.path.write_text(json.dumps(self.data, indent=1))
+
+    def say(self, words: str) -> None:
+        """On stderr, at once."""
+        if dist.get_rank() == 0:
+            print(words, file=sys.stderr, flush=True)
