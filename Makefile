@@ -1,6 +1,6 @@
 # Every target is a script; see scripts/. ARGS go to the program behind it, as in
 #   make test ARGS="tests/jobs -x"
-.PHONY: demo test test-gpu chaos lint up clean
+.PHONY: demo test test-gpu chaos figures lint up clean
 MAKEFLAGS += --no-print-directory
 ARGS ?=
 
@@ -15,6 +15,9 @@ test-gpu:  ## the tests that need a CUDA GPU
 
 chaos:  ## an hour of faults over real processes, then a check of every promise; ARGS="--minutes 10"
 	@scripts/chaos.sh $(ARGS)
+
+figures:  ## every figure that needs a GPU, into out/figures; ARGS="--list" says which
+	@scripts/figures.sh $(ARGS)
 
 lint:  ## ruff and mypy
 	@scripts/lint.sh

@@ -20,10 +20,16 @@ class Book:
         self.data: dict[str, Any] = {"steps": {}}
         if resume and path is not None and path.exists():
             self.data = json.loads(path.read_text())
+        self.data.pop("postponed", None)  # it is this run's to say
 
     def left(self, seconds: float, device: torch.device) -> bool:
         """Whether so many seconds are left, by the ranks' agreement."""
         return shared(float(time.time() + seconds < self._end), device, dist.ReduceOp.MIN) > 0
+
+    def postpone(self, name: str) -> None:
+        """There is no time for this part: say so here and in the file, which then isn't whole."""
+        self.write(postponed=[*self.data.get("postponed", []), name])
+        self.say(f"no time left for {name}; run again with --resume")
 
     def write(self, **figures: Any) -> None:
         """Add and save."""

@@ -69,7 +69,7 @@ class Run:
         if name in self.book.data:
             return
         if not self.book.left(seconds, self.device):
-            self.book.say(f"no time left for {name} (some {seconds:.0f} s); run again with --resume")
+            self.book.postpone(name)
             return
         began = time.perf_counter()
         self.book.write(**{name: work()})

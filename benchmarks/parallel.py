@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace, book: Book) -> None:
             if one.name in book.data["steps"]:
                 continue
             if not book.left(guess(book, one, arguments.seconds), device):
-                book.say(f"no time left for {one.name}; run again with --resume")
+                book.postpone(one.name)
                 continue
             timed = together(bench.step(one), arguments.seconds, device, parts=one.layout == "1x1")
             book.data["steps"][one.name] = timed.json()
