@@ -63,7 +63,7 @@ class Weights:
     down: Operand
 
     @staticmethod
-    def of(block: Block, numbers: Format[Any]) -> "Weights":
+    def of(block: Block, numbers: Format[Any] = FORMATS[E4M3]) -> "Weights":
         """Quantised from what the block holds now."""
         q, k, v, *rest = (
             numbers.quantize_weight(block.get_submodule(name).get_parameter("weight").data)

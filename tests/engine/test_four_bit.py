@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.attention import Overlap
 from engine.config import DiTConfig
 from engine.eight_bit import kept_bytes
 from engine.load import load_pipeline
@@ -71,6 +72,13 @@ def test_four_bits_are_coarser_than_eight(four: Pipeline, monkeypatch: pytest.Mo
     assert with_attention not in (coarse, 0)
     assert torch.equal(latents(four, FourBit((0, 1))), plain)
     assert torch.equal(latents(four, FourBit((), first_steps=3)), plain)
+
+
+def test_other_tokens_and_passes_change_no_numbers(four: Pipeline) -> None:
+    """q, k and v one after another, and each guidance pass by itself: a token's scales are its own."""
+    whole = latents(four, ALL)
+    four.eight.sequence.overlap = Overlap()  # type: ignore[misc]
+    assert relative(latents(four, ALL), whole) < 1e-3
 
 
 def test_weights_are_kept_as_far_as_there_is_room(four: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

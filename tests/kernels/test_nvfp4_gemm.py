@@ -97,6 +97,12 @@ def test_rows_against_a_search_for_the_nearest(
     assert torch.equal(found.inner().cpu().view(-1, shape[-1]), torch.tensor(want))
 
 
+def test_a_token_depends_on_no_other(seed: int, device: torch.device):
+    x = torch.randn(2, 6, 32, device=device) * torch.arange(1, 7, device=device)[:, None]
+    whole, part = nvfp4_gemm.quantize_rows(x), nvfp4_gemm.quantize_rows(x[1:, 2:4])
+    assert torch.equal(part.float(), whole.float()[1:, 2:4])
+
+
 def test_a_weight_has_one_outer_scale(seed: int, device: torch.device):
     weight = torch.randn(5, 48, device=device).bfloat16()
     weight[2] *= 100
