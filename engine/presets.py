@@ -168,6 +168,11 @@ def _filled(kind: type[P], name: str, given: Mapping[str, Any]) -> P:
     return kind(**values)
 
 
+def _emulated(parts: EightBit, machine: Machine) -> bool:
+    """Whether a GPU without such tensor cores computes it all the same; e4m3's kernels have no such form."""
+    return machine.emulate and parts.form == NVFP4
+
+
 def _reason(preset: Preset, told: Mapping[str, Any], machine: Machine) -> str:
     """Why the preset can't be asked for; "" where it can."""
     if preset.name in machine.forbidden:
@@ -177,8 +182,7 @@ def _reason(preset: Preset, told: Mapping[str, Any], machine: Machine) -> str:
     if preset.name not in told:
         return "the model has no calibrated settings for it (presets in its reel.json)"
     parts = preset.eight_bit
-    emulated = machine.cuda is None or (machine.emulate and parts is not None and parts.form == NVFP4)
-    if parts and machine.cuda and not emulated and machine.cuda < parts.capability:
+    if parts and machine.cuda and machine.cuda < parts.capability and not _emulated(parts, machine):
         need, have = ("{}.{}".format(*each) for each in (parts.capability, machine.cuda))
         return f"needs a GPU of compute capability {need} or more{parts.family}; this one has {have}"
     if preset.few is not None:
