@@ -1,6 +1,6 @@
-"""Finds a model's settings for `8bit` and `8bit-cache`: the boldest that keep their quality floor.
+"""Finds a model's settings for `8bit`, `8bit-cache` and `4bit`: the boldest that keep their quality floor.
 
-    python -m benchmarks.calibrate [--model models/demo] [--count 16] [--out out/calibrated.json]
+    python -m benchmarks.calibrate [--model models/demo] [--count 16] [--only 4bit] [--out FILE]
 
 On captions of training's kind, none of which the presets' table is measured on, each ladder is walked from
 the boldest setting down; the first whose mean PSNR to the lossless clips keeps the floor with `MARGIN_DB` to
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks._similarity import psnr_db
 from benchmarks.presets import FLOOR_DB, Maker, Setting
-from engine.presets import CACHED, EIGHT_BIT, LOSSLESS
+from engine.presets import CACHED, EIGHT_BIT, FOUR_BIT, LOSSLESS
 from models.demo.train.captions import describe
 from models.demo.train.common import MODEL_DIR
 from models.demo.train.world import sample_scenes
@@ -81,15 +81,16 @@ class Trial:
         return None
 
 
-def calibrate(trial: Trial) -> Parts:
-    """The `presets` object."""
+def calibrate(trial: Trial, only: str = "") -> Parts:
+    """The `presets` object; with `only` of one number format: 8bit's also gives 8bit-cache, built on it."""
     told: Parts = {}
-    eight = trial.first(EIGHT_BIT, list(EIGHTS))
-    if eight is None:
-        return told
-    told[EIGHT_BIT] = eight
-    cached = trial.first(CACHED, [eight | reuse for reuse in REUSES])
-    return told if cached is None else told | {CACHED: cached}
+    if only != FOUR_BIT and (eight := trial.first(EIGHT_BIT, list(EIGHTS))) is not None:
+        told[EIGHT_BIT] = eight
+        cached = trial.first(CACHED, [eight | reuse for reuse in REUSES])
+        told |= {} if cached is None else {CACHED: cached}
+    if only != EIGHT_BIT and (four := trial.first(FOUR_BIT, list(EIGHTS))) is not None:
+        told[FOUR_BIT] = four
+    return told
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -99,6 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--model", type=Path, default=MODEL_DIR)
     parser.add_argument("--count", type=int, default=16, help="captions of training's kind")
+    parser.add_argument("--only", choices=[EIGHT_BIT, FOUR_BIT], default="", help="8bit: and 8bit-cache")
     parser.add_argument("--frame-num", type=int, default=17)
     parser.add_argument("--side", type=int, default=128)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -106,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     threads = torch.get_num_threads()
     setting = Setting(args.model, None, (), "", args.frame_num, args.side, threads, args.device)
-    told = calibrate(Trial(Maker(setting), args.count))
+    told = calibrate(Trial(Maker(setting), args.count), args.only)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(told) + "\n")
     print(json.dumps({"presets": told}, indent=2))

@@ -1,8 +1,8 @@
-"""A transformer's blocks in 8 bits: the same formulas as `engine.fused.run_block`, products on e4m3 operands.
+"""A transformer's blocks in 8 or 4 bits: the formulas of `engine.fused.run_block` on quantised operands.
 
-Each norm and the GELU end in the quantisation of the product that follows (`kernels.fp8_gemm`), attention
-takes 8-bit operands (`kernels.attention_8bit`). Text keys and values, norms, RoPE, the residual stream and
-what the preset keeps stay as they are.
+Each norm and the GELU end in the quantisation of the product that follows (a `Format`: `kernels.fp8_gemm` or
+`kernels.nvfp4_gemm`), attention may take 8-bit operands (`kernels.attention_8bit`). Text keys and values,
+norms, RoPE, the residual stream and what the preset keeps stay as they are.
 
 Weights are quantised once, right after loading, where the memory plan leaves room for both forms; else at
 each use, which reads and writes a weight once more a pass.
@@ -14,7 +14,7 @@ import logging
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,9 @@ from engine.attention import Attend, Sequence
 from engine.config import DiTConfig, LoraUse
 from engine.dit import Block, DiT
 from engine.fused import SEND_ORDER, Stream
-from engine.presets import EightBit, Preset
-from kernels import attention_8bit, fp8_gemm
-from kernels.fp8_gemm import Rows
+from engine.number_format import FORMATS, Format, Operand
+from engine.presets import E4M3, NVFP4, EightBit, Preset
+from kernels import attention_8bit
 from kernels.norm_modulate import Norm
 from kernels.qk_norm_rope import norm_rope, qk_norm_rope, rms_norm
 
@@ -53,32 +53,30 @@ class Switch:
 
 @dataclass(frozen=True)
 class Weights:
-    """One block's matrices with a scale an output channel; q, k and v as one."""
+    """One block's quantised matrices; q, k and v as one."""
 
-    qkv: Rows
-    o: Rows
-    cross_q: Rows
-    cross_o: Rows
-    up: Rows
-    down: Rows
+    qkv: Operand
+    o: Operand
+    cross_q: Operand
+    cross_o: Operand
+    up: Operand
+    down: Operand
 
     @staticmethod
-    def of(block: Block) -> "Weights":
+    def of(block: Block, numbers: Format[Any] = FORMATS[E4M3]) -> "Weights":
         """Quantised from what the block holds now."""
         q, k, v, *rest = (
-            fp8_gemm.quantize_rows(block.get_submodule(name).get_parameter("weight").data)
+            numbers.quantize_weight(block.get_submodule(name).get_parameter("weight").data)
             for name in PRODUCTS
         )
-        parts = (q, k, v)
-        data = torch.cat([part.data.view(torch.uint8) for part in parts]).view(q.data.dtype)
-        return Weights(Rows(data, torch.cat([part.scale for part in parts])), *rest)
+        return Weights(numbers.join((q, k, v)), *rest)
 
 
 class EightBitBlocks:
-    """What blocks in 8 bits share: their weights, if those are kept, and the attention's switch."""
+    """What blocks in one format share: their weights, if those are kept, and the attention's switch."""
 
-    def __init__(self, switch: Switch, keep_weights: bool) -> None:
-        self.switch, self.keep_weights = switch, keep_weights
+    def __init__(self, switch: Switch, keep_weights: bool, form: str = E4M3) -> None:
+        self.switch, self.keep_weights, self.numbers = switch, keep_weights, FORMATS[form]
         self.attention = True
         self._weights: dict[Block, Weights] = {}
         self._loras: tuple[LoraUse, ...] = ()
@@ -93,7 +91,7 @@ class EightBitBlocks:
         """The block's quantised matrices."""
         found = self._weights.get(block)
         if found is None:
-            found = Weights.of(block)
+            found = Weights.of(block, self.numbers)
             if self.keep_weights:
                 self._weights[block] = found
         return found
@@ -115,10 +113,11 @@ class EightBitBlocks:
         vectors_6BSD = (block.modulation.float() + e_BS6D).permute(2, 0, 1, 3).contiguous()
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = vectors_6BSD.unbind(0)
 
-        y = read(stream, Norm(shift, scale, block.eps, split))
+        numbers = self.numbers
+        y = self._read(stream, Norm(shift, scale, block.eps, split))
         attention = block.self_attn
-        batch, tokens, dim = y.data.shape
-        like = y.scale.new_empty(0, dtype=dtype)
+        (batch, tokens), dim = y.data.shape[:2], y.width
+        like = y.data.new_empty(0, dtype=dtype)
         run = sequence.begin((batch, tokens, attention.heads, dim // attention.heads), like, lane)
         self._project(block, weights.qkv, y, rope, run, dtype, sequence.overlap.split_qkv)
         yield
@@ -131,25 +130,26 @@ class EightBitBlocks:
         # A row's scale needs the whole row, so parts that arrive one after another are joined first.
         parts = [part for _, part in run.outputs()]
         o_BLD = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        stream.add(_product(fp8_gemm.quantize_rows(o_BLD), weights.o, attention.o, dtype), gate)
+        stream.add(self._product(numbers.quantize_rows(o_BLD), weights.o, attention.o, dtype), gate)
 
         cross = block.cross_attn
-        y = read(stream, Norm.affine(block.norm3.weight, block.norm3.bias, block.eps, split))
-        q_BLD = rms_norm(_product(y, weights.cross_q, cross.q, dtype), cross.norm_q.weight, cross.norm_q.eps)
+        y = self._read(stream, Norm.affine(block.norm3.weight, block.norm3.bias, block.eps, split))
+        q_BLD = self._product(y, weights.cross_q, cross.q, dtype)
+        q_BLD = rms_norm(q_BLD, cross.norm_q.weight, cross.norm_q.eps)
         k_BTNK, v_BTNK = text_kv
         q_BLNK = cross.split_heads(q_BLD).expand(v_BTNK.shape[0], -1, -1, -1)
         o_BLD = sequence.cross_attention(q_BLNK, k_BTNK, v_BTNK).flatten(2)
-        stream.add(_product(fp8_gemm.quantize_rows(o_BLD), weights.cross_o, cross.o, dtype), None)
+        stream.add(self._product(numbers.quantize_rows(o_BLD), weights.cross_o, cross.o, dtype), None)
 
-        y = read(stream, Norm(ffn_shift, ffn_scale, block.eps, split))
-        wide = fp8_gemm.gelu_quantize(_product(y, weights.up, block.ffn[0], dtype))
-        stream.add(_product(wide, weights.down, block.ffn[2], dtype), ffn_gate)
+        y = self._read(stream, Norm(ffn_shift, ffn_scale, block.eps, split))
+        wide = numbers.gelu_quantize(self._product(y, weights.up, block.ffn[0], dtype))
+        stream.add(self._product(wide, weights.down, block.ffn[2], dtype), ffn_gate)
 
     def _project(
         self,
         block: Block,
-        weight: Rows,
-        y: Rows,
+        weight: Operand,
+        y: Operand,
         rope: tuple[Tensor, Tensor],
         run: "AttentionRun",
         dtype: torch.dtype,
@@ -160,7 +160,7 @@ class EightBitBlocks:
         norms = {"q": layer.norm_q, "k": layer.norm_k}
         if not split:
             bias = torch.cat([layer.q.bias, layer.k.bias, layer.v.bias])
-            qkv_BLD = fp8_gemm.linear(y, weight, bias, dtype)
+            qkv_BLD = self.numbers.linear(y, weight, bias, dtype)
             q, k, v = qk_norm_rope(
                 qkv_BLD, layer.norm_q.weight, layer.norm_k.weight, rope, run.layout, layer.norm_q.eps
             )
@@ -170,29 +170,32 @@ class EightBitBlocks:
         for name in SEND_ORDER:
             start = ("q", "k", "v").index(name) * dim
             part = weight.rows(slice(start, start + dim))
-            x_BLD = _product(y, part, getattr(layer, name), dtype)
+            x_BLD = self._product(y, part, getattr(layer, name), dtype)
             norm = norms.get(name)
             if norm is None:
                 run.send(name, layer.split_heads(x_BLD), packed=False)
             else:
                 run.send(name, norm_rope(x_BLD, norm.weight, rope, run.layout, norm.eps))
 
+    def _read(self, stream: Stream, norm: Norm) -> Operand:
+        """The stream's normalised copy, quantised, after the pending branch joined it."""
 
-def read(stream: Stream, norm: Norm) -> Rows:
-    """The stream's normalised copy in 8 bits, after the pending branch joined it."""
-    return stream.take(
-        lambda x_BLD: fp8_gemm.normalize(x_BLD, norm),
-        lambda x_BLD, y_BLD, gate_BSD: fp8_gemm.add_normalize(x_BLD, y_BLD, gate_BSD, norm),
-    )
+        def joining(x_BLD: Tensor, y_BLD: Tensor, gate_BSD: Tensor | None) -> tuple[Tensor, Operand]:
+            return self.numbers.add_normalize(x_BLD, y_BLD, gate_BSD, norm)
 
+        def plain(x_BLD: Tensor) -> Operand:
+            copy: Operand = self.numbers.normalize(x_BLD, norm)
+            return copy
 
-def _product(x: Rows, weight: Rows, layer: nn.Module, dtype: torch.dtype) -> Tensor:
-    assert isinstance(layer, nn.Linear)
-    return fp8_gemm.linear(x, weight, layer.bias, dtype)
+        return stream.take(plain, joining)
+
+    def _product(self, x: Operand, weight: Operand, layer: nn.Module, dtype: torch.dtype) -> Tensor:
+        assert isinstance(layer, nn.Linear)
+        return self.numbers.linear(x, weight, layer.bias, dtype)
 
 
 class EightBitMode:
-    """Puts a pipeline's blocks into 8 bits for the videos that ask for it, and back."""
+    """Puts a pipeline's blocks into 8 or 4 bits for the videos that ask for it, and back."""
 
     def __init__(
         self, pipeline: "Pipeline", attend: Attend, cross_attend: Attend, keep_weights: bool
@@ -200,6 +203,7 @@ class EightBitMode:
         switch = Switch(attend)
         self.pipeline = pipeline
         self.blocks = EightBitBlocks(switch, keep_weights)
+        self.fours = EightBitBlocks(switch, keep_weights, NVFP4)
         self.sequence = pipeline.mesh.sequence(switch, cross_attend)
         self._parts: EightBit | None = None  # of the video under way
         self._now: list[Block] = []
@@ -207,29 +211,34 @@ class EightBitMode:
     def keep(self, room: int, config: DiTConfig) -> None:
         """Quantise all weights now if they take less than `room` bytes; 0 where blocks come and go.
 
-        Every rank must be told of the same rung, but may decide for itself: the numbers are the same.
+        Where two formats are offered, 8 bits come first. Every rank must be told of the same rung, but may
+        decide for itself: the numbers are the same.
         """
         offered = [p.eight_bit for p in self.pipeline.spec.presets if p.eight_bit and not p.refused]
         experts = 1 if self.pipeline.low is None else 2
-        size = experts * kept_bytes(config)
-        self.blocks.keep_weights = size < room
-        if not offered:
-            return
-        log.info("8-bit weights: %.2f GiB %s", size / 2**30, "kept" if size < room else "made at each use")
-        for parts in offered if self.blocks.keep_weights else ():
-            for block in self._chosen(parts):
-                self.blocks.weights(block)
+        for blocks in (self.blocks, self.fours):
+            mine = [parts for parts in offered if self._blocks(parts) is blocks]
+            name, size = blocks.numbers.NAME, experts * kept_bytes(config, blocks.numbers)
+            blocks.keep_weights = size < room
+            if not mine:
+                continue
+            kept = "kept" if blocks.keep_weights else "made at each use"
+            log.info("%s weights: %.2f GiB %s", name, size / 2**30, kept)
+            room -= size if blocks.keep_weights else 0
+            for block in (b for parts in mine if blocks.keep_weights for b in self._chosen(parts)):
+                blocks.weights(block)
 
     @contextmanager
     def using(self, preset: Preset | None) -> Iterator[None]:
-        """While a video is made: its preset's blocks in 8 bits. Does nothing for a preset without any."""
+        """While a video is made: its preset's blocks in 8 or 4 bits. Nothing for a preset without any."""
         parts = None if preset is None else preset.eight_bit
         if parts is None:
             yield
             return
         loras = self.pipeline.loras
-        self.blocks.refresh(() if loras is None else loras.current)
-        self.blocks.attention = parts.attention
+        blocks = self._blocks(parts)
+        blocks.refresh(() if loras is None else loras.current)
+        blocks.attention = parts.attention
         plain, self.pipeline.sequence = self.pipeline.sequence, self.sequence
         self._parts, self._now = parts, self._chosen(parts)
         self.at_step(0)
@@ -242,14 +251,18 @@ class EightBitMode:
     def at_step(self, step: int) -> None:
         """Before each denoising step: the first ones may be the preset's lossless ones."""
         if self._parts is not None:
-            self._set(self.blocks if step >= self._parts.first_steps else None)
+            self._set(self._blocks(self._parts) if step >= self._parts.first_steps else None)
+
+    def _blocks(self, parts: EightBit) -> EightBitBlocks:
+        """What runs the blocks of such a preset."""
+        return self.fours if parts.form == NVFP4 else self.blocks
 
     def _set(self, numbers: EightBitBlocks | None) -> None:
         for block in self._now:
             block.eight = numbers
 
     def _chosen(self, parts: EightBit | None) -> list[Block]:
-        """The blocks that a preset computes in 8 bits, of every expert."""
+        """The blocks that a preset computes in 8 or 4 bits, of every expert."""
         if parts is None:
             return []
         experts: list[DiT] = [e for e in (self.pipeline.high, self.pipeline.low) if e is not None]
@@ -261,7 +274,8 @@ class EightBitMode:
         ]
 
 
-def kept_bytes(config: DiTConfig) -> int:
+def kept_bytes(config: DiTConfig, numbers: Format[Any] = FORMATS[E4M3]) -> int:
     """Device memory of an expert's quantised weights, scales included."""
     dim, ffn = config.dim, config.ffn_dim
-    return config.num_layers * (6 * dim * dim + 2 * dim * ffn + 4 * (7 * dim + ffn))
+    shapes = ((6 * dim, dim), (ffn, dim), (dim, ffn))  # q, k, v, o and the cross-attention's two
+    return config.num_layers * sum(numbers.stored_bytes(*shape) for shape in shapes)

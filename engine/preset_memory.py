@@ -1,8 +1,17 @@
 """What a model's offered presets need on a GPU beside the lossless computation, for the memory plan."""
 
+from dataclasses import replace
+
 import torch
 
 from engine.config import ModelSpec
+from engine.eight_bit import kept_bytes
+from engine.number_format import FORMATS
+from engine.presets import E4M3, NVFP4
+
+# Bytes a value at once in `kernels.nvfp4_gemm.reference`: two fp32 copies and a third's magnitude, the codes
+# and a comparison, the source in half precision.
+PASSES = 16
 
 
 def preset_rows(
@@ -18,7 +27,13 @@ def preset_rows(
     found: list[tuple[str, int]] = []
     if any(preset.reuse for preset in offered):
         found.append(("residuals kept from step to step", branches * tokens * dim * dtype.itemsize))
-    if any(preset.eight_bit for preset in offered):
+    forms = {preset.eight_bit.form for preset in offered if preset.eight_bit}
+    if E4M3 in forms:
         # A block's operands, and its weights where they are quantised at each use.
         found.append(("8-bit operands", rows * tokens * (ffn + dim) + 6 * dim * dim + 2 * dim * ffn))
+    if NVFP4 in forms:
+        # Quantised by passes of plain torch in fp32, of activations or of the largest weight.
+        values = max(rows * tokens, dim) * ffn
+        weights = kept_bytes(replace(spec.dit, num_layers=1), FORMATS[NVFP4])
+        found.append(("4-bit operands and the passes that make them", PASSES * values + weights))
     return found

@@ -1,4 +1,4 @@
-"""Quality presets as data: what is computed in 8 bits, what is reused, how many steps.
+"""Quality presets as data: what is computed in 8 or 4 bits, what is reused, how many steps.
 
 `lossless` is the default and always the computation that the other presets' loss is measured against. A
 model offers another preset only where its reel.json says so, with what was calibrated for it:
@@ -6,6 +6,7 @@ model offers another preset only where its reel.json says so, with what was cali
     "presets": {
       "8bit": {"keep_blocks": [0, -1], "attention": true},
       "8bit-cache": {"step_threshold": 0.08, "guidance_threshold": 0.1, "max_reuse": 2},
+      "4bit": {"keep_blocks": [0, -1], "first_steps": 2},
       "draft": {"steps": 4, "shift": 5.0, "loras": [{"name": "four-step-high", "expert": "high"}]}
     }
 
@@ -15,18 +16,23 @@ stays in the list with the reason, so that a refusal can say it.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from engine.errors import CheckpointError
 
-LOSSLESS, EIGHT_BIT, CACHED, DRAFT = "lossless", "8bit", "8bit-cache", "draft"
-NAMES = (LOSSLESS, EIGHT_BIT, CACHED, DRAFT)
+LOSSLESS, EIGHT_BIT, CACHED, FOUR_BIT, DRAFT = "lossless", "8bit", "8bit-cache", "4bit", "draft"
+NAMES = (LOSSLESS, EIGHT_BIT, CACHED, FOUR_BIT, DRAFT)
+E4M3, NVFP4 = "e4m3", "nvfp4"  # number formats: `engine.number_format`
 P = TypeVar("P")
 
 
 @dataclass(frozen=True)
 class EightBit:
     """Which blocks compute their six matrix products in e4m3. Embeddings, norms and the head never do."""
+
+    form: ClassVar[str] = E4M3
+    capability: ClassVar[tuple[int, int]] = (9, 0)  # of a GPU, at least
+    family: ClassVar[str] = ""  # what GPUs of that capability are called
 
     keep_blocks: tuple[int, ...] = (0, -1)  # blocks that stay in the weights' dtype; -1 is the last
     first_steps: int = 0  # so many steps at the beginning are lossless: they decide what the video shows
@@ -35,6 +41,17 @@ class EightBit:
     def keeps(self, block: int, blocks: int) -> bool:
         """Whether block number `block` of `blocks` stays as it is."""
         return block in {kept % blocks for kept in self.keep_blocks if -blocks <= kept < blocks}
+
+
+@dataclass(frozen=True)
+class FourBit(EightBit):
+    """The same in NVFP4, whose tensor cores no GPU before Blackwell has. Its native path was never run."""
+
+    form: ClassVar[str] = NVFP4
+    capability: ClassVar[tuple[int, int]] = (10, 0)
+    family: ClassVar[str] = " (Blackwell)"
+
+    attention: bool = False  # as `EightBit.attention`; plain unless asked for
 
 
 @dataclass(frozen=True)
@@ -73,14 +90,15 @@ SUMMARIES = {
     LOSSLESS: "everything as the model was published, in bf16",
     EIGHT_BIT: "matrix products and self-attention of most blocks in 8 bits",
     CACHED: "8bit, and steps or guidance that change little are reused",
+    FOUR_BIT: "matrix products of most blocks in 4 bits (NVFP4; its Blackwell path was never run)",
     DRAFT: "few steps by distilled LoRAs, without guidance",
 }
-PARTS: Mapping[str, tuple[str, ...]] = {
-    EIGHT_BIT: ("eight_bit",),
-    CACHED: ("eight_bit", "reuse"),
-    DRAFT: ("few",),
+PARTS: Mapping[str, Mapping[str, type]] = {
+    EIGHT_BIT: {"eight_bit": EightBit},
+    CACHED: {"eight_bit": EightBit, "reuse": Reuse},
+    FOUR_BIT: {"eight_bit": FourBit},
+    DRAFT: {"few": FewSteps},
 }
-TYPES: Mapping[str, type] = {"eight_bit": EightBit, "reuse": Reuse, "few": FewSteps}
 ONLY_LOSSLESS = (Preset(LOSSLESS, SUMMARIES[LOSSLESS]),)
 
 
@@ -88,9 +106,10 @@ ONLY_LOSSLESS = (Preset(LOSSLESS, SUMMARIES[LOSSLESS]),)
 class Machine:
     """What decides whether a preset can be served here."""
 
-    cuda: tuple[int, int] | None = None  # compute capability; None: a CPU, where 8 bits are emulated
+    cuda: tuple[int, int] | None = None  # compute capability; None: a CPU, where 8 and 4 bits are emulated
     loras: Collection[str] = ()  # in the LoRA folder
     forbidden: Collection[str] = field(default_factory=frozenset)  # by the operator
+    emulate: bool = False  # offer 4 bits on GPUs without them too, emulated: to measure, not to serve
 
 
 def offers(told: Mapping[str, Any], machine: Machine) -> tuple[Preset, ...]:
@@ -125,9 +144,9 @@ def _preset(name: str, told: Mapping[str, Any]) -> Preset:
         raise CheckpointError(f"reel.json: presets: {name} is {given!r}, expected an object")
     parts: dict[str, Any] = {}
     left = set(given)
-    for part in PARTS.get(name, ()):
-        names = {f.name for f in fields(TYPES[part])}
-        parts[part] = _filled(TYPES[part], name, {k: v for k, v in given.items() if k in names})
+    for part, kind in PARTS.get(name, {}).items():
+        names = {f.name for f in fields(kind)}
+        parts[part] = _filled(kind, name, {k: v for k, v in given.items() if k in names})
         left -= names
     if left:
         raise CheckpointError(f"reel.json: presets: {name} has unknown fields {sorted(left)}")
@@ -149,6 +168,11 @@ def _filled(kind: type[P], name: str, given: Mapping[str, Any]) -> P:
     return kind(**values)
 
 
+def _emulated(parts: EightBit, machine: Machine) -> bool:
+    """Whether a GPU without such tensor cores computes it all the same; e4m3's kernels have no such form."""
+    return machine.emulate and parts.form == NVFP4
+
+
 def _reason(preset: Preset, told: Mapping[str, Any], machine: Machine) -> str:
     """Why the preset can't be asked for; "" where it can."""
     if preset.name in machine.forbidden:
@@ -157,9 +181,10 @@ def _reason(preset: Preset, told: Mapping[str, Any], machine: Machine) -> str:
         return ""
     if preset.name not in told:
         return "the model has no calibrated settings for it (presets in its reel.json)"
-    if preset.eight_bit and machine.cuda is not None and machine.cuda < (9, 0):
-        have = "{}.{}".format(*machine.cuda)
-        return f"needs a GPU of compute capability 9.0 or more; this one has {have}"
+    parts = preset.eight_bit
+    if parts and machine.cuda and machine.cuda < parts.capability and not _emulated(parts, machine):
+        need, have = ("{}.{}".format(*each) for each in (parts.capability, machine.cuda))
+        return f"needs a GPU of compute capability {need} or more{parts.family}; this one has {have}"
     if preset.few is not None:
         names = [str(lora.get("name")) for lora in preset.few.loras]
         missing = [name for name in names if name not in machine.loras]

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pydantic import BaseModel
 
 LOSSLESS = "lossless"
-QUALITIES = (LOSSLESS, "8bit", "8bit-cache", "draft")
+QUALITIES = (LOSSLESS, "8bit", "8bit-cache", "4bit", "draft")
 
 
 class PresetCard(BaseModel):

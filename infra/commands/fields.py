@@ -35,7 +35,7 @@ Loras = Annotated[
     typer.Option(help="A LoRA of the model's folder; repeatable.", metavar="NAME[:STRENGTH[:EXPERT]]"),
 ]
 Quality = Annotated[
-    str | None, typer.Option(help="A preset of the model's: 8bit, 8bit-cache or draft; else lossless.")
+    str | None, typer.Option(help="A preset of the model's: 8bit, 8bit-cache, 4bit or draft; else lossless.")
 ]
 Image = Annotated[Path | None, typer.Option(help="Image to start from, for models that take one.")]
 

@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from kernels.fp8_gemm import reference
-from kernels.fp8_gemm.rows import Rows
+from kernels.fp8_gemm.rows import Rows, join
 from kernels.norm_modulate import Norm
 
-__all__ = ["Rows", "add_normalize", "gelu_quantize", "linear", "normalize", "quantize_rows"]
+__all__ = [
+    "NAME", "Rows", "add_normalize", "gelu_quantize", "join", "linear", "normalize", "quantize_rows",
+    "quantize_weight", "stored_bytes",
+]  # fmt: skip
+NAME = "8-bit"
 
 
 def quantize_rows(x: Tensor) -> Rows:
@@ -21,6 +25,16 @@ def quantize_rows(x: Tensor) -> Rows:
 
         return triton.quantize_rows(x)
     return reference.quantize_rows(x)
+
+
+def quantize_weight(weight_NK: Tensor) -> Rows:
+    """A weight with a scale an output channel."""
+    return quantize_rows(weight_NK)
+
+
+def stored_bytes(rows: int, width: int) -> int:
+    """Memory of a quantised [rows, width], scales included."""
+    return rows * (width + 4)
 
 
 def gelu_quantize(x_BLN: Tensor) -> Rows:

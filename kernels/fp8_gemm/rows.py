@@ -1,5 +1,6 @@
 """What a product in 8 bits works on: e4m3 values with one fp32 scale a row."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,13 @@ class Rows:
     def float(self) -> Tensor:
         """The values, fp32."""
         return decode(self.data) * self.scale[..., None]
+
+
+def join(weights: Sequence[Rows]) -> Rows:
+    """Weights of the same width one under another."""
+    # Bytes, as not every build of torch joins e4m3.
+    data = torch.cat([weight.data.view(torch.uint8) for weight in weights]).view(weights[0].data.dtype)
+    return Rows(data, torch.cat([weight.scale for weight in weights]))
 
 
 def decode(data: Tensor) -> Tensor:

@@ -12,8 +12,21 @@ from engine.errors import CheckpointError, RequestError
 from engine.load import load_pipeline
 from engine.lora import distilled
 from engine.pipeline import Pipeline
-from engine.preset_memory import preset_rows
-from engine.presets import CACHED, DRAFT, EIGHT_BIT, LOSSLESS, NAMES, EightBit, Machine, Preset, find, offers
+from engine.preset_memory import PASSES, preset_rows
+from engine.presets import (
+    CACHED,
+    DRAFT,
+    EIGHT_BIT,
+    FOUR_BIT,
+    LOSSLESS,
+    NAMES,
+    EightBit,
+    FourBit,
+    Machine,
+    Preset,
+    find,
+    offers,
+)
 from engine.requests import check, resolve
 from engine.tiny import make_tiny
 from jobs.quality import QUALITIES
@@ -24,6 +37,7 @@ from worker.presets import preset_cards
 TOLD = {
     "8bit": {"keep_blocks": [0, -1]},
     "8bit-cache": {"step_threshold": 0.1, "max_reuse": 3},
+    "4bit": {"keep_blocks": [0], "first_steps": 2},
     "draft": {"steps": 2, "shift": 3, "loras": [{"name": "fast", "expert": "high"}]},
 }
 
@@ -44,23 +58,31 @@ def test_a_model_that_says_nothing_is_lossless_alone() -> None:
 
 def test_what_a_model_says_is_offered_where_the_machine_can() -> None:
     assert set(reasons(TOLD, loras=["fast"]).values()) == {""}
-    assert set(reasons(TOLD, loras=["fast"], cuda=(9, 0)).values()) == {""}
+    assert set(reasons(TOLD, loras=["fast"], cuda=(10, 0)).values()) == {""}
+    hopper = reasons(TOLD, loras=["fast"], cuda=(9, 0))
+    refusal = "needs a GPU of compute capability 10.0 or more (Blackwell); this one has 9.0"
+    assert {name: reason for name, reason in hopper.items() if reason} == {FOUR_BIT: refusal}
+    # Emulated there to be measured; e4m3 isn't, as its kernels need the GPU that it is native on.
+    assert set(reasons(TOLD, loras=["fast"], cuda=(9, 0), emulate=True).values()) == {""}
+    assert "9.0 or more" in reasons(TOLD, cuda=(8, 0), emulate=True)[EIGHT_BIT]
     old = reasons(TOLD, loras=["fast"], cuda=(8, 0))
     assert "9.0 or more; this one has 8.0" in old[EIGHT_BIT]
     assert old[EIGHT_BIT] == old[CACHED]
     assert (old[LOSSLESS], old[DRAFT]) == ("", "")
     assert "distilled LoRAs in the model's LoRA folder: fast" in reasons(TOLD)[DRAFT]
     assert "none named" in reasons({"draft": {}})[DRAFT]
-    forbidden = reasons(TOLD, loras=["fast"], forbidden={LOSSLESS, CACHED})
-    assert forbidden == {
-        LOSSLESS: "forbidden by the operator", EIGHT_BIT: "", CACHED: "forbidden by the operator", DRAFT: "",
+    forbidden = reasons(TOLD, loras=["fast"], forbidden={LOSSLESS, CACHED, FOUR_BIT})
+    assert {name for name, reason in forbidden.items() if reason == "forbidden by the operator"} == {
+        LOSSLESS, CACHED, FOUR_BIT,
     }  # fmt: skip
+    assert (forbidden[EIGHT_BIT], forbidden[DRAFT]) == ("", "")
 
 
 def test_the_parts_are_what_reel_json_says() -> None:
     by_name = {p.name: p for p in offers(TOLD, Machine(loras=["fast"]))}
     assert by_name[EIGHT_BIT].eight_bit == EightBit((0, -1), 0, True)
     assert by_name[EIGHT_BIT].reuse is None
+    assert by_name[FOUR_BIT].eight_bit == FourBit((0,), 2, False)
     cached = by_name[CACHED]
     assert cached.eight_bit == EightBit()
     assert cached.reuse is not None
@@ -75,7 +97,8 @@ def test_the_parts_are_what_reel_json_says() -> None:
 @pytest.mark.parametrize(
     ("told", "words"),
     [
-        ({"4bit": {}}, "unknown"),
+        ({"2bit": {}}, "unknown"),
+        ({"4bit": {"form": "e4m3"}}, "unknown fields"),
         ({"8bit": 3}, "expected an object"),
         ({"8bit": {"step_threshold": 0.1}}, "unknown fields"),
         ({"8bit-cache": {"step_threshold": "much"}}, "step_threshold is 'much'"),
@@ -151,6 +174,10 @@ def test_the_memory_plan_knows_what_is_offered(pipeline: Pipeline) -> None:
     assert rows({}) == {}
     eight = 1000 * (ffn + dim) + 6 * dim * dim + 2 * dim * ffn
     assert rows({"8bit": {}}) == {"8-bit operands": eight}
+    weights = (6 * dim * dim + 2 * dim * ffn) * 9 // 16 + 4 * (7 * dim + ffn)
+    passes = {"4-bit operands and the passes that make them": PASSES * 1000 * ffn + weights}
+    assert rows({"4bit": {}}) == passes
+    assert rows({"8bit": {}, "4bit": {}}) == {"8-bit operands": eight} | passes
     residuals = 2 * 1000 * dim * 2
     assert rows({"8bit-cache": {}}) == {
         "residuals kept from step to step": residuals,

@@ -143,8 +143,12 @@ def test_calibration_takes_the_boldest_that_keeps_the_floor() -> None:
     # 32 - 20 * 0.25 = 27 keeps 26, 32 - 20 * 0.4 = 24 does not.
     assert told["8bit-cache"]["step_threshold"] == 0.25
     assert told["8bit-cache"]["keep_blocks"] == [0, -1]
-    assert calibrate.calibrate(Ladder(0.0, 1.0)) == {}
-    assert set(calibrate.calibrate(Ladder(3.0, 1e6))) == {"8bit", "8bit-cache"}  # guidance alone is left
+    # 4 bits have their own floor, 25, and no caching on top.
+    assert told["4bit"] == {"keep_blocks": [0, -1], "first_steps": 0}
+    assert calibrate.calibrate(Ladder(0.0, 1.0), "8bit") == {}
+    assert calibrate.calibrate(Ladder(0.0, 1.0)) == {"4bit": {"keep_blocks": [0, -1], "first_steps": 2}}
+    assert set(calibrate.calibrate(Ladder(3.0, 1e6), "8bit")) == {"8bit", "8bit-cache"}  # guidance is left
+    assert set(calibrate.calibrate(Ladder(3.0, 1.0), "4bit")) == {"4bit"}
 
 
 def test_calibration_compares_with_the_lossless_clips(
