@@ -5,7 +5,8 @@ takes 8-bit operands (`kernels.attention_8bit`). Text keys and values, norms, Ro
 what the preset keeps stay as they are.
 
 Weights are quantised once, right after loading, where the memory plan leaves room for both forms; else at
-each use, which reads and writes a weight once more a pass.
+each use, which reads and writes a weight once more a pass. On a node that an operator gives to such presets
+(`--weights 8bit`) the loader quantises each block as it arrives, and the published weights are let go.
 
 Shapes: B batch, L tokens here, D model width, S timestep sets.
 """
@@ -74,12 +75,27 @@ class Weights:
         return Weights(Rows(data, torch.cat([part.scale for part in parts])), *rest)
 
 
+def hold(block: Block) -> Weights:
+    """The block's quantised matrices, whose published ones are let go: a [0, 0] of their dtype stays.
+
+    So whatever would compute with those fails by its shape. (The meta device would not do: torch multiplies a
+    CPU tensor by a matrix there without complaint, and gives uninitialised memory.)
+    """
+    weights = Weights.of(block)
+    for name in PRODUCTS:
+        layer = block.get_submodule(name)
+        gone = layer.get_parameter("weight").new_empty(0, 0)
+        layer.register_parameter("weight", nn.Parameter(gone, requires_grad=False))
+    return weights
+
+
 class EightBitBlocks:
     """What blocks in 8 bits share: their weights, if those are kept, and the attention's switch."""
 
     def __init__(self, switch: Switch, keep_weights: bool) -> None:
         self.switch, self.keep_weights = switch, keep_weights
         self.attention = True
+        self.held: dict[Block, Weights] = {}  # of blocks that have no others
         self._weights: dict[Block, Weights] = {}
         self._loras: tuple[LoraUse, ...] = ()
 
@@ -91,7 +107,7 @@ class EightBitBlocks:
 
     def weights(self, block: Block) -> Weights:
         """The block's quantised matrices."""
-        found = self._weights.get(block)
+        found = self.held.get(block) or self._weights.get(block)
         if found is None:
             found = Weights.of(block)
             if self.keep_weights:
@@ -210,6 +226,10 @@ class EightBitMode:
         Every rank must be told of the same rung, but may decide for itself: the numbers are the same.
         """
         offered = [p.eight_bit for p in self.pipeline.spec.presets if p.eight_bit and not p.refused]
+        chosen = {block for parts in offered for block in self._chosen(parts)}
+        if chosen and chosen <= set(self.blocks.held):
+            log.info("8-bit weights: %d blocks, held alone", len(chosen))
+            return
         experts = 1 if self.pipeline.low is None else 2
         size = experts * kept_bytes(config)
         self.blocks.keep_weights = size < room

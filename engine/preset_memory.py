@@ -2,7 +2,7 @@
 
 import torch
 
-from engine.config import ModelSpec
+from engine.config import DiTConfig, ModelSpec
 
 
 def preset_rows(
@@ -20,5 +20,16 @@ def preset_rows(
         found.append(("residuals kept from step to step", branches * tokens * dim * dtype.itemsize))
     if any(preset.eight_bit for preset in offered):
         # A block's operands, and its weights where they are quantised at each use.
-        found.append(("8-bit operands", rows * tokens * (ffn + dim) + 6 * dim * dim + 2 * dim * ffn))
+        found.append(("8-bit operands", rows * tokens * (ffn + dim) + matrix_values(spec.dit)))
     return found
+
+
+def matrix_values(config: DiTConfig) -> int:
+    """Values of the matrices that a block in 8 bits has in 8 bits."""
+    return 6 * config.dim**2 + 2 * config.dim * config.ffn_dim
+
+
+def held_block_bytes(block: int, config: DiTConfig, dtype: torch.dtype) -> int:
+    """Of a block of `block` bytes, what is left where its matrices are in 8 bits alone; scales included."""
+    scales = 4 * (7 * config.dim + config.ffn_dim)
+    return block - matrix_values(config) * (dtype.itemsize - 1) + scales

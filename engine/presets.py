@@ -81,6 +81,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     DRAFT: ("few",),
 }
 TYPES: Mapping[str, type] = {"eight_bit": EightBit, "reuse": Reuse, "few": FewSteps}
+HELD = (EIGHT_BIT, CACHED)  # what a node that holds 8-bit weights alone may serve
 ONLY_LOSSLESS = (Preset(LOSSLESS, SUMMARIES[LOSSLESS]),)
 
 
@@ -91,6 +92,7 @@ class Machine:
     cuda: tuple[int, int] | None = None  # compute capability; None: a CPU, where 8 bits are emulated
     loras: Collection[str] = ()  # in the LoRA folder
     forbidden: Collection[str] = field(default_factory=frozenset)  # by the operator
+    only_eight: bool = False  # blocks in 8 bits are held in 8 bits alone: their published weights are gone
 
 
 def offers(told: Mapping[str, Any], machine: Machine) -> tuple[Preset, ...]:
@@ -117,6 +119,20 @@ def allowed(presets: Sequence[Preset], name: str) -> str:
     listed = ", ".join(p.name for p in presets or ONLY_LOSSLESS if not p.refused) or "none"
     reason = next((p.refused for p in presets if p.name == name), "")
     return f"{listed} ({name}: {reason})" if reason else listed
+
+
+def held_blocks(presets: Sequence[Preset], blocks: int) -> frozenset[int]:
+    """The blocks of `blocks` that every offered preset in `HELD` computes in 8 bits.
+
+    A node that holds 8-bit weights alone has no others of them. CheckpointError where none is offered.
+    """
+    offered = [p.eight_bit for p in presets if p.name in HELD and p.eight_bit and not p.refused]
+    if not offered:
+        reasons = "; ".join(f"{p.name}: {p.refused}" for p in presets if p.name in HELD)
+        raise CheckpointError(f"--weights 8bit leaves no preset that this node could serve ({reasons})")
+    return frozenset(
+        block for block in range(blocks) if not any(parts.keeps(block, blocks) for parts in offered)
+    )
 
 
 def _preset(name: str, told: Mapping[str, Any]) -> Preset:
@@ -153,6 +169,8 @@ def _reason(preset: Preset, told: Mapping[str, Any], machine: Machine) -> str:
     """Why the preset can't be asked for; "" where it can."""
     if preset.name in machine.forbidden:
         return "forbidden by the operator"
+    if machine.only_eight and preset.name not in HELD:
+        return "this node holds 8-bit weights alone (--weights 8bit)"
     if preset.name == LOSSLESS:
         return ""
     if preset.name not in told:
@@ -160,6 +178,11 @@ def _reason(preset: Preset, told: Mapping[str, Any], machine: Machine) -> str:
     if preset.eight_bit and machine.cuda is not None and machine.cuda < (9, 0):
         have = "{}.{}".format(*machine.cuda)
         return f"needs a GPU of compute capability 9.0 or more; this one has {have}"
+    if machine.only_eight and preset.eight_bit and preset.eight_bit.first_steps:
+        return (
+            f"its first {preset.eight_bit.first_steps} steps are lossless, and this node holds 8-bit weights "
+            "alone (--weights 8bit)"
+        )
     if preset.few is not None:
         names = [str(lora.get("name")) for lora in preset.few.loras]
         missing = [name for name in names if name not in machine.loras]
