@@ -69,7 +69,8 @@ def load_pipeline(
         )
     lora_folder = LoraFolder(loras or folder / "loras")
     names = lora_folder.names() if weights == "full" else []
-    presets = offers(facts.presets, Machine(capability(device), names, forbidden, weights == "8bit"))
+    machine = Machine(capability(device), names, forbidden, only_eight=weights == "8bit")
+    presets = offers(facts.presets, machine)
     held = held_blocks(presets, dit_config.num_layers) if weights == "8bit" else frozenset[int]()
     spec = replace(make_spec(facts, dit_config, vae_config), loras=tuple(names), presets=presets)
     if verify:
