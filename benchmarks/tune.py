@@ -10,7 +10,6 @@ stays out of the hot path and the table shows by how much.
 import argparse
 import datetime
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -24,8 +23,9 @@ import torch
 from torch import Tensor
 
 from benchmarks._measure import burst
+from benchmarks._tune_attention import randn, tune_attention, tune_attention_8bit, tune_wide_attention
 from kernels import gemm, tables
-from kernels.attention import BACKENDS, Choice, probe
+from kernels.attention_8bit.choice import TABLE
 from kernels.gemm import reference
 from kernels.norm_modulate import Norm, add_normalize, normalize
 
@@ -45,20 +45,6 @@ VAE_SHAPES = {
     256: (4, 352, 640),
     512: (4, 176, 320),
 }
-SELF_ATTENTION: list[Choice] = [
-    ("flash4", {"tile_mn": [192, 128], "mma_pv_is_rs": False, "num_threads": 512}),
-    ("flash4", {"tile_mn": [192, 128], "mma_pv_is_rs": False, "num_threads": 512, "lazy_rescale": True}),
-    ("flash4", {"lazy_rescale": True}),
-    ("flash4", {}),
-    ("cudnn", {}),
-    ("flash2", {}),
-]
-CROSS_ATTENTION: list[Choice] = [("cudnn", {}), ("flash4", {}), ("flash2", {})]
-
-
-def randn(*shape: int) -> Tensor:
-    """Random normal values on the GPU; never zeros, which run faster."""
-    return torch.randn(*shape, device="cuda")
 
 
 def tiles() -> list[Any]:
@@ -210,49 +196,6 @@ def tune_products(quick: bool) -> dict[str, Any]:
     return entries
 
 
-def tune_attention(quick: bool) -> dict[str, Any]:
-    """The fastest right backend for self- and cross-attention at head dimension 128."""
-    device, entries = torch.device("cuda"), {}
-    length = 9450 if quick else 75600
-    cases = {"self 128": (SELF_ATTENTION, length, length, 5), "cross 128": (CROSS_ATTENTION, 9450, 512, 40)}
-    for key, (choices, queries, keys, heads) in cases.items():
-        q, (k, v) = randn(1, queries, heads, 128).bfloat16(), randn(2, 1, keys, heads, 128).bfloat16()
-        timed = []
-        for name, options in choices:
-            try:
-                if not probe((name, options), torch.bfloat16, 128, device) < 1e-2:
-                    continue
-                backend = BACKENDS[name]
-                ms = burst(lambda b=backend, o=options, q=q, k=k, v=v: b(q, k, v, o), 200, 600)
-            except Exception as failure:  # a library that isn't there is no candidate
-                print(f"attention {key} {name}: {type(failure).__name__}: {failure}"[:200], file=sys.stderr)
-                continue
-            timed.append({"backend": name, "options": options, "ms": round(ms, 4)})
-            print(f"attention {key}: {timed[-1]}", file=sys.stderr, flush=True)
-        entries[key] = min(timed, key=lambda entry: entry["ms"]) | {
-            "others": {f"{t['backend']} {t['options'] or ''}".strip(): t["ms"] for t in timed}
-        }
-    return entries
-
-
-def tune_wide_attention() -> dict[str, Any]:
-    """Torch's choice or our form for the VAE's one head, over a frame of 1280x720."""
-    from kernels.wide_attention import reference as library
-    from kernels.wide_attention import triton as ours
-
-    entries = {}
-    for head, pixels in {384: 90 * 160, 1024: 44 * 80}.items():
-        q, k, v = randn(1, 1, pixels, 3 * head).half().chunk(3, dim=-1)
-        want = library.attention(q, k, v).float()
-        times = {"library_ms": round(burst(lambda q=q, k=k, v=v: library.attention(q, k, v)), 4)}
-        if (ours.attention(q, k, v).float() - want).norm() < 2e-3 * want.norm():
-            times["ours_ms"] = round(burst(lambda q=q, k=k, v=v: ours.attention(q, k, v)), 4)
-        won = times.get("ours_ms", math.inf) < 0.98 * times["library_ms"]
-        entries[f"{head}"] = {"backend": "triton" if won else "library"} | times
-        print(f"wide attention {head}: {times}", file=sys.stderr, flush=True)
-    return entries
-
-
 def compile_ahead(index: int) -> None:
     """Compile one slice of all candidates into Triton's disk cache (run in parallel processes)."""
     jobs: list[Callable[[], object]] = []
@@ -293,6 +236,7 @@ def main() -> None:
             ops["wide_attention"] = tune_wide_attention()
         if "attention" in wanted:
             ops.setdefault("attention", {}).update(tune_attention(arguments.quick))
+            ops.setdefault(TABLE, {}).update(tune_attention_8bit(arguments.quick))
     table = {
         "device": device,
         "measured": f"{datetime.date.today()}, torch {torch.__version__}, bursts",

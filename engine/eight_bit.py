@@ -5,7 +5,8 @@ Each norm and the GELU end in the quantisation of the product that follows (a `F
 norms, RoPE, the residual stream and what the preset keeps stay as they are.
 
 Weights are quantised once, right after loading, where the memory plan leaves room for both forms; else at
-each use, which reads and writes a weight once more a pass.
+each use, which reads and writes a weight once more a pass. On a node that an operator gives to such presets
+(`--weights 8bit`) the loader quantises each block as it arrives, and the published weights are let go.
 
 Shapes: B batch, L tokens here, D model width, S timestep sets.
 """
@@ -72,12 +73,27 @@ class Weights:
         return Weights(numbers.join((q, k, v)), *rest)
 
 
+def hold(block: Block) -> Weights:
+    """The block's quantised matrices, whose published ones are let go: a [0, 0] of their dtype stays.
+
+    So whatever would compute with those fails by its shape. (The meta device would not do: torch multiplies a
+    CPU tensor by a matrix there without complaint, and gives uninitialised memory.)
+    """
+    weights = Weights.of(block)
+    for name in PRODUCTS:
+        layer = block.get_submodule(name)
+        gone = layer.get_parameter("weight").new_empty(0, 0)
+        layer.register_parameter("weight", nn.Parameter(gone, requires_grad=False))
+    return weights
+
+
 class EightBitBlocks:
     """What blocks in one format share: their weights, if those are kept, and the attention's switch."""
 
     def __init__(self, switch: Switch, keep_weights: bool, form: str = E4M3) -> None:
         self.switch, self.keep_weights, self.numbers = switch, keep_weights, FORMATS[form]
         self.attention = True
+        self.held: dict[Block, Weights] = {}  # of blocks that have no others
         self._weights: dict[Block, Weights] = {}
         self._loras: tuple[LoraUse, ...] = ()
 
@@ -89,7 +105,7 @@ class EightBitBlocks:
 
     def weights(self, block: Block) -> Weights:
         """The block's quantised matrices."""
-        found = self._weights.get(block)
+        found = self.held.get(block) or self._weights.get(block)
         if found is None:
             found = Weights.of(block, self.numbers)
             if self.keep_weights:
@@ -215,6 +231,10 @@ class EightBitMode:
         decide for itself: the numbers are the same.
         """
         offered = [p.eight_bit for p in self.pipeline.spec.presets if p.eight_bit and not p.refused]
+        chosen = {block for parts in offered for block in self._chosen(parts)}
+        if chosen and chosen <= set(self.blocks.held):
+            log.info("8-bit weights: %d blocks, held alone", len(chosen))
+            return
         experts = 1 if self.pipeline.low is None else 2
         for blocks in (self.blocks, self.fours):
             mine = [parts for parts in offered if self._blocks(parts) is blocks]

@@ -1,7 +1,8 @@
 """Which rung of `engine.memory`'s ladder a model is loaded on: the first that fits on every rank."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,8 +13,10 @@ from engine.errors import CheckpointError
 from engine.layout import Layout
 from engine.memory import GIB, MemoryPlan, Rung, make_plan, sizes_of
 from engine.parallel.mesh import Mesh
+from engine.preset_memory import held_block_bytes
 
 log = logging.getLogger(__name__)
+MOVING: tuple[Rung, ...] = ("shard", "host")  # rungs on which blocks come and go
 
 
 class DoesNotFit(CheckpointError):
@@ -33,10 +36,17 @@ def plan_memory(
     vae_dtype: torch.dtype,
     limit: int | None = None,
     rung: Rung | None = None,
+    held: Collection[int] = (),
 ) -> MemoryPlan:
-    """The memory plan of the first rung that fits, in the log; a collective call. Raises DoesNotFit."""
+    """The memory plan of the first rung that fits, in the log; a collective call. Raises DoesNotFit.
+
+    Blocks that are `held` in 8 bits alone stay on the device: such a model knows fewer rungs.
+    """
     experts = [part.entries for part in (layout.high, layout.low) if part is not None]
     sizes = sizes_of(experts, layout.text.entries.values(), layout.vae.entries.values(), dtype, vae_dtype)
+    if held:
+        size = held_block_bytes(sizes.block, spec.dit, dtype)
+        sizes = replace(sizes, held=len(held), held_block=size)
     on_gpu = device.type == "cuda"
     available, host = free_memory(device, mesh.size)
     if limit is not None:
@@ -48,6 +58,10 @@ def plan_memory(
         )
 
     rungs = [rung] if rung is not None else allowed(mesh, len(experts), on_gpu)
+    if held:
+        rungs = [rung for rung in rungs if rung not in MOVING]
+        if not rungs:
+            raise CheckpointError(f"8-bit weights alone don't go with the rung {rung!r}, which moves blocks")
     try:
         plan, passed = choose(plan_of, rungs, smallest(mesh))
     except DoesNotFit as error:

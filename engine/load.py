@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -18,10 +19,12 @@ from engine.lora_files import LoraFolder
 from engine.memory import RUNGS, Rung
 from engine.parallel.mesh import Mesh
 from engine.pipeline import Pipeline
-from engine.presets import Machine, offers
+from engine.presets import Machine, held_blocks, offers
 from engine.specs import Facts, find_facts, make_spec
 from engine.vae import VAE
 from engine.weights import Shape
+
+WeightForm = Literal["full", "8bit"]
 
 
 def load_pipeline(
@@ -36,6 +39,7 @@ def load_pipeline(
     memory_limit: int | None = None,
     rung: Rung | None = None,
     forbidden: Collection[str] = (),
+    weights: WeightForm = "full",
     on_bytes: OnBytes = lambda part, came, total: None,
 ) -> Pipeline:
     """Load every part of the checkpoint in `folder` onto `device`; a collective call of the mesh's ranks.
@@ -45,7 +49,9 @@ def load_pipeline(
     name LoRAs of (the checkpoint's own `loras/` unless given). `verify` compares checksums first. The memory
     plan is made, logged and checked before any weight is read: `memory_limit` is the bytes of one GPU that
     may be used (all that are free unless given), `rung` a rung of `engine.memory`'s ladder instead of the
-    first that fits. Requests may not name the presets `forbidden`. `on_bytes` hears of the loading's
+    first that fits. Requests may not name the presets `forbidden`. With `weights` "8bit" blocks
+    that the model's presets compute in 8 bits are held in 8 bits alone: `lossless`, `draft` and LoRAs, which
+    need the published weights, are then refused. `on_bytes` hears of the loading's
     progress. No rank returns before all have loaded: from then on they may not differ by much. Raises
     CheckpointError, DoesNotFit.
     """
@@ -62,15 +68,17 @@ def load_pipeline(
             f"{facts.name} has {dit_config.num_heads} heads, which {mesh.ulysses} sequence parts don't divide"
         )
     lora_folder = LoraFolder(loras or folder / "loras")
-    names = lora_folder.names()
-    presets = offers(facts.presets, Machine(capability(device), names, forbidden))
+    names = lora_folder.names() if weights == "full" else []
+    machine = Machine(capability(device), names, forbidden, only_eight=weights == "8bit")
+    presets = offers(facts.presets, machine)
+    held = held_blocks(presets, dit_config.num_layers) if weights == "8bit" else frozenset[int]()
     spec = replace(make_spec(facts, dit_config, vae_config), loras=tuple(names), presets=presets)
     if verify:
         verify_checksums(folder, mesh)
-    plan = plan_memory(spec, layout, mesh, device, dtype, vae_dtype, memory_limit, rung)
+    plan = plan_memory(spec, layout, mesh, device, dtype, vae_dtype, memory_limit, rung, held)
 
     load = Loader(mesh, device, dtype, vae_dtype, on_bytes)
-    high, low, exchange = load.experts(layout, dit_config, plan.rung)
+    high, low, exchange = load.experts(layout, dit_config, plan.rung, held)
     vae = load.part("VAE", VAE, vae_config, layout.vae, lambda _: vae_dtype)
     # Last, as on the CPU rank 0 alone reads it, and no collective call may wait for that.
     text_encoder = load.text_encoder(layout, dit_config, on_cpu=plan.step >= RUNGS.index("text"))
@@ -80,10 +88,14 @@ def load_pipeline(
     mesh.meet()
     pipeline = Pipeline(spec, text_encoder, high, low, vae, mesh, device, self_attend, cross_attend)
     pipeline.exchange = exchange
+    pipeline.eight.blocks.held = load.held
     room = plan.available - plan.total
     pipeline.eight.keep(room if plan.step < RUNGS.index("shard") else 0, dit_config)
     pipeline.branches_in_turn = plan.step >= RUNGS.index("branches")
-    pipeline.loras = Loras(lora_folder, high, low, mesh)
+    if weights == "full":
+        pipeline.loras = Loras(lora_folder, high, low, mesh)
+    else:
+        pipeline.no_loras = "this node holds 8-bit weights alone (--weights 8bit), which none is merged into"
     return pipeline
 
 

@@ -1,8 +1,8 @@
 """Filling models from a checkpoint's files, where the memory plan's rung says they belong."""
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from engine.config import DiTConfig
 from engine.dit import Block, DiT, stays_fp32
+from engine.eight_bit import Weights, hold
 from engine.errors import CheckpointError
 from engine.layout import Layout, Part
 from engine.memory import Rung
@@ -35,11 +36,23 @@ class Loader:
     dtype: torch.dtype
     vae_dtype: torch.dtype
     on_bytes: OnBytes
+    held: dict[Block, Weights] = field(default_factory=dict)  # of blocks loaded as 8-bit weights alone
 
     def experts(
-        self, layout: Layout, config: DiTConfig, rung: Rung
+        self, layout: Layout, config: DiTConfig, rung: Rung, eight: Collection[int] = ()
     ) -> tuple[DiT, DiT | None, ExpertExchange | None]:
-        """(high-noise or only expert, low-noise expert, what exchanges the two if one is on the host)."""
+        """(high-noise or only expert, low-noise expert, what exchanges the two if one is on the host).
+
+        Of the blocks number `eight` only 8-bit weights stay, in `held`.
+        """
+        if eight:
+
+            def quantise(index: int, block: Block) -> None:
+                if index in eight:
+                    self.held[block] = hold(block)
+
+            high = self._by_blocks(layout.high, config, quantise)
+            return high, None if layout.low is None else self._by_blocks(layout.low, config, quantise), None
         if rung == "shard":
             keeper = ShardedBlocks(self.mesh, self.device)
             high = self._sharded(layout.high, config, keeper)
@@ -86,7 +99,13 @@ class Loader:
         return model
 
     def _sharded(self, part: Part, config: DiTConfig, keeper: ShardedBlocks) -> DiT:
-        """An expert of which this rank keeps its share; never more than one whole block at a time."""
+        """An expert of which this rank keeps its share."""
+        expert = self._by_blocks(part, config, lambda index, block: keeper.shard(block))
+        expert.keeper = keeper
+        return expert
+
+    def _by_blocks(self, part: Part, config: DiTConfig, loaded: Callable[[int, Block], None]) -> DiT:
+        """An expert whose blocks each are `loaded` before the next comes: never more than one is whole."""
         with torch.device("meta"):
             expert = DiT(config)
         check(expected_shapes(expert), part.entries)
@@ -99,9 +118,8 @@ class Loader:
                 entries = {n.removeprefix(start): e for n, e in part.entries.items() if n.startswith(start)}
                 reader.fill(module, entries, lambda name, start=start: self._expert_dtype(start + name))  # type: ignore[misc]
                 if isinstance(module, Block):
-                    keeper.shard(module)
+                    loaded(int(prefix.removeprefix("blocks.")), module)
         _log_rate(part.folder.name, part, reader.meter)
-        expert.keeper = keeper
         return expert.requires_grad_(False).eval()
 
     def _fill(

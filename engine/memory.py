@@ -57,11 +57,13 @@ class Sizes:
     rest: int  # an expert beside its blocks
     experts: int
     vae: int
+    held: int = 0  # how many of an expert's blocks are held in 8 bits alone (--weights 8bit)
+    held_block: int = 0  # one of them
 
     @property
     def expert(self) -> int:
         """One whole expert."""
-        return self.blocks * self.block + self.rest
+        return (self.blocks - self.held) * self.block + self.held * self.held_block + self.rest
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,8 @@ def make_plan(
         f"up to {size[0]}*{size[1]} x {spec.max_frame_num} frames"
     )
     phases = _phases(spec, grid, mesh, rows_at_once, dtype, vae_dtype)
+    if sizes.held:  # one block at a time is whole, and beside it what is made of it
+        phases.append(("a block on its way to 8 bits, loading", sizes.block + sizes.held_block))
     return MemoryPlan(title, rung, tuple(rows), tuple(phases), host, available, host_available)
 
 
@@ -196,7 +200,8 @@ def _experts(sizes: Sizes, mesh: Mesh, rung: Rung) -> tuple[list[tuple[str, int]
         blocks = sizes.blocks * sizes.block
         return [("one expert's blocks", blocks), ("the experts' other weights", 2 * sizes.rest),
                 ("exchange buffer", BOUNCE)], blocks  # fmt: skip
-    return [(name, sizes.expert) for name in names], 0
+    note = f", {sizes.held} of {sizes.blocks} blocks in 8 bits" if sizes.held else ""
+    return [(name + note, sizes.expert) for name in names], 0
 
 
 def _communication(spec: ModelSpec, mesh: Mesh, rows: int, dtype: torch.dtype, on_gpu: bool) -> int:

@@ -60,6 +60,7 @@ class Pipeline:
         self.low = low
         self.sequence = mesh.sequence(attend, cross_attend)
         self.loras: Loras | None = None  # None: no request may name any
+        self.no_loras = "there is no LoRA folder"  # why not
         self.exchange: ExpertExchange | None = None  # where one expert is in host memory
         self.eight = EightBitMode(self, attend, cross_attend or attend, keep_weights=False)
         self.branches_in_turn = False  # whether a rank that makes both branches makes them one by one
@@ -112,7 +113,7 @@ class Pipeline:
         if self.loras is not None:
             self.loras.use(request.loras + distilled(self.preset(request)))
         elif request.loras:
-            raise RequestError("loras", [use.name for use in request.loras], "none: there is no LoRA folder")
+            raise RequestError("loras", [use.name for use in request.loras], f"none: {self.no_loras}")
 
     def encode(self, request: GenerationRequest) -> Tensor:
         """[2, T, E] embeddings of the prompt and of the negative prompt."""

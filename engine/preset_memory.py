@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from engine.config import ModelSpec
+from engine.config import DiTConfig, ModelSpec
 from engine.eight_bit import kept_bytes
 from engine.number_format import FORMATS
 from engine.presets import E4M3, NVFP4
@@ -30,10 +30,21 @@ def preset_rows(
     forms = {preset.eight_bit.form for preset in offered if preset.eight_bit}
     if E4M3 in forms:
         # A block's operands, and its weights where they are quantised at each use.
-        found.append(("8-bit operands", rows * tokens * (ffn + dim) + 6 * dim * dim + 2 * dim * ffn))
+        found.append(("8-bit operands", rows * tokens * (ffn + dim) + matrix_values(spec.dit)))
     if NVFP4 in forms:
         # Quantised by passes of plain torch in fp32, of activations or of the largest weight.
         values = max(rows * tokens, dim) * ffn
         weights = kept_bytes(replace(spec.dit, num_layers=1), FORMATS[NVFP4])
         found.append(("4-bit operands and the passes that make them", PASSES * values + weights))
     return found
+
+
+def matrix_values(config: DiTConfig) -> int:
+    """Values of the matrices that a block in 8 bits has in 8 bits."""
+    return 6 * config.dim**2 + 2 * config.dim * config.ffn_dim
+
+
+def held_block_bytes(block: int, config: DiTConfig, dtype: torch.dtype) -> int:
+    """Of a block of `block` bytes, what is left where its matrices are in 8 bits alone; scales included."""
+    scales = 4 * (7 * config.dim + config.ffn_dim)
+    return block - matrix_values(config) * (dtype.itemsize - 1) + scales

@@ -99,6 +99,7 @@ PARTS: Mapping[str, Mapping[str, type]] = {
     FOUR_BIT: {"eight_bit": FourBit},
     DRAFT: {"few": FewSteps},
 }
+HELD = (EIGHT_BIT, CACHED)  # what a node that holds 8-bit weights alone may serve
 ONLY_LOSSLESS = (Preset(LOSSLESS, SUMMARIES[LOSSLESS]),)
 
 
@@ -110,6 +111,7 @@ class Machine:
     loras: Collection[str] = ()  # in the LoRA folder
     forbidden: Collection[str] = field(default_factory=frozenset)  # by the operator
     emulate: bool = False  # offer 4 bits on GPUs without them too, emulated: to measure, not to serve
+    only_eight: bool = False  # blocks in 8 bits are held in 8 bits alone: their published weights are gone
 
 
 def offers(told: Mapping[str, Any], machine: Machine) -> tuple[Preset, ...]:
@@ -136,6 +138,20 @@ def allowed(presets: Sequence[Preset], name: str) -> str:
     listed = ", ".join(p.name for p in presets or ONLY_LOSSLESS if not p.refused) or "none"
     reason = next((p.refused for p in presets if p.name == name), "")
     return f"{listed} ({name}: {reason})" if reason else listed
+
+
+def held_blocks(presets: Sequence[Preset], blocks: int) -> frozenset[int]:
+    """The blocks of `blocks` that every offered preset in `HELD` computes in 8 bits.
+
+    A node that holds 8-bit weights alone has no others of them. CheckpointError where none is offered.
+    """
+    offered = [p.eight_bit for p in presets if p.name in HELD and p.eight_bit and not p.refused]
+    if not offered:
+        reasons = "; ".join(f"{p.name}: {p.refused}" for p in presets if p.name in HELD)
+        raise CheckpointError(f"--weights 8bit leaves no preset that this node could serve ({reasons})")
+    return frozenset(
+        block for block in range(blocks) if not any(parts.keeps(block, blocks) for parts in offered)
+    )
 
 
 def _preset(name: str, told: Mapping[str, Any]) -> Preset:
@@ -177,6 +193,8 @@ def _reason(preset: Preset, told: Mapping[str, Any], machine: Machine) -> str:
     """Why the preset can't be asked for; "" where it can."""
     if preset.name in machine.forbidden:
         return "forbidden by the operator"
+    if machine.only_eight and preset.name not in HELD:
+        return "this node holds 8-bit weights alone (--weights 8bit)"
     if preset.name == LOSSLESS:
         return ""
     if preset.name not in told:
@@ -185,6 +203,11 @@ def _reason(preset: Preset, told: Mapping[str, Any], machine: Machine) -> str:
     if parts and machine.cuda and machine.cuda < parts.capability and not _emulated(parts, machine):
         need, have = ("{}.{}".format(*each) for each in (parts.capability, machine.cuda))
         return f"needs a GPU of compute capability {need} or more{parts.family}; this one has {have}"
+    if machine.only_eight and preset.eight_bit and preset.eight_bit.first_steps:
+        return (
+            f"its first {preset.eight_bit.first_steps} steps are lossless, and this node holds 8-bit weights "
+            "alone (--weights 8bit)"
+        )
     if preset.few is not None:
         names = [str(lora.get("name")) for lora in preset.few.loras]
         missing = [name for name in names if name not in machine.loras]

@@ -21,7 +21,7 @@ from rich.progress import Progress as ProgressBar
 from engine.conditioning import output_size
 from engine.config import FrameSink, GenerationRequest, LoraUse, Progress, Solver
 from engine.errors import RequestError
-from engine.load import default_device, load_pipeline
+from engine.load import WeightForm, default_device, load_pipeline
 from engine.parallel.mesh import Mesh
 from engine.pipeline import Pipeline
 from engine.presets import LOSSLESS
@@ -53,10 +53,12 @@ def run(
     lora_dir: Path | None = None,
     verify: bool = False,
     gpu_memory: int | None = None,
+    weights: WeightForm = "full",
 ) -> None:
     """Load the checkpoint, make the video, write the MP4 to `out`; prints the seed and the path.
 
-    None means the model's default. `lora_dir`, `verify` and `gpu_memory` (bytes) are `load_pipeline`'s.
+    None means the model's default. `lora_dir`, `verify`, `gpu_memory` (bytes) and `weights` are
+    `load_pipeline`'s.
     Under torchrun every process calls this, and rank 0 writes and prints.
     Raises CheckpointError, RequestError, VideoError.
     """
@@ -76,6 +78,7 @@ def run(
                 loras=lora_dir,
                 verify=verify,
                 memory_limit=gpu_memory,
+                weights=weights,
                 on_bytes=bar.came,
             )
         request = resolve(

@@ -83,6 +83,8 @@ class Settings(BaseSettings):
     engine: str = "worker.build:build"
     node_price_per_hour: float = Field(0, ge=0)  # of the whole machine, in your currency; 0: unknown
     forbidden_presets: str = ""  # quality presets, by comma, that no request may name; nodes and API read it
+    # "8bit": blocks in 8 bits are held in 8 bits alone, so the node refuses `lossless`, `draft` and LoRAs
+    weights: Literal["full", "8bit"] = "full"
     lora_dir: Path | None = None  # LoRAs that requests may name; None: the checkpoint's own loras/
     verify_checkpoint: bool = False  # compare checksums before loading
     warm_up: bool = True  # run the served shapes once before the first job

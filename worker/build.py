@@ -123,6 +123,7 @@ def build(plan: NodePlan, index: int, rendezvous: Path) -> RankPipeline:
             verify=settings.verify_checkpoint,
             memory_limit=None if memory is None else int(memory * 2**30),
             forbidden=settings.forbidden,
+            weights=settings.weights,
         )
         if settings.warm_up:
             warm_up(pipeline)

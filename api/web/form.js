@@ -1,15 +1,21 @@
-// The composer: fields of the chosen model, presets, errors at the field, and the request as a curl command.
+// The composer: fields of the chosen model, ready-made shapes, errors at the field, the request as a curl command.
 
 import { json, upload } from "./client.js";
 import { $, make, pretty, show } from "./dom.js";
+import { drawLoras, fillLoras, loraInputs, readLoras } from "./loras.js";
+import { defaultsOf, describe, drawQuality, quality } from "./quality.js";
 
-const FIELDS = ["prompt", "image", "model", "size", "frame_num", "sampling_steps", "seed", "guide_scale", "shift", "sample_solver", "priority", "negative_prompt"];
+const FIELDS = ["prompt", "image", "quality", "loras", "model", "size", "frame_num", "sampling_steps", "seed", "guide_scale", "shift", "sample_solver", "priority", "negative_prompt"];
 const INPUTS = { guide_scale: ["guide_low", "guide_high"] };
 let models = [];
 let picture = null; // {file, id, url}
 
 const model = () => models.find((card) => card.id === $("model").value) || models[0];
-const inputs = (field) => (INPUTS[field] || [field]).map($).filter(Boolean);
+// The inputs of a field as errors name it, which may be a part of one: loras.0.strength.
+const inputs = (name) => {
+  const field = name.split(".")[0];
+  return field === "loras" ? loraInputs(name) : (INPUTS[field] || [field]).map($).filter(Boolean);
+};
 
 export async function loadModels() {
   models = (await json("/v1/models")).data;
@@ -30,12 +36,14 @@ function applyModel() {
   show($("image-field"), card.task !== "t2v");
   $("frame_num").max = card.max_frame_num;
   $("sampling_steps").max = card.max_sampling_steps;
-  drawPresets(card);
+  drawQuality(card);
+  drawLoras(card, refresh);
   applyDefaults(card);
 }
 
 function applyDefaults(card) {
-  const d = card.defaults;
+  const d = defaultsOf(card);
+  drawShapes(card);
   Object.assign($("size"), { value: d.size });
   Object.assign($("frame_num"), { value: d.frame_num });
   Object.assign($("sampling_steps"), { value: d.sampling_steps });
@@ -43,31 +51,46 @@ function applyDefaults(card) {
   Object.assign($("guide_high"), { value: d.guide_scale[1] });
   Object.assign($("shift"), { value: d.shift });
   Object.assign($("sample_solver"), { value: d.sample_solver });
+  last = d;
+  refresh();
+}
+
+// Another preset has other defaults: they replace those of the last one, and nothing that was chosen by hand.
+let last = {};
+
+function applyQuality() {
+  const card = model();
+  const [before, now] = [{ ...card.defaults, ...last }, defaultsOf(card)];
+  for (const name of ["sampling_steps", "shift"]) if (Number($(name).value) === before[name]) $(name).value = now[name];
+  ["guide_low", "guide_high"].forEach((name, index) => { if (Number($(name).value) === before.guide_scale[index]) $(name).value = now.guide_scale[index]; });
+  last = now;
+  drawShapes(card);
+  describe(card);
   refresh();
 }
 
 const area = (size) => size.split("*").reduce((a, b) => a * Number(b), 1);
 const odd = (frames) => 4 * Math.max(1, Math.round((frames - 1) / 4)) + 1;
 
-// A preset names three fields; everything else stays the model's default.
-function presets(card) {
-  const d = card.defaults;
+// A shape names three fields; everything else stays at its default.
+function shapes(card) {
+  const d = defaultsOf(card);
   const wide = ([w, h]) => Number(w) >= Number(h);
   const same = card.sizes.filter((size) => wide(size.split("*")) === wide(d.size.split("*")));
   const small = [...same].sort((a, b) => area(a) - area(b))[0] || d.size;
-  const draft = { size: small, frame_num: Math.min(d.frame_num, odd(d.frame_num / 2)), sampling_steps: Math.max(1, Math.round(d.sampling_steps / 2)) };
+  const quick = { size: small, frame_num: Math.min(d.frame_num, odd(d.frame_num / 2)), sampling_steps: Math.max(1, Math.round(d.sampling_steps / 2)) };
   const normal = { size: d.size, frame_num: d.frame_num, sampling_steps: d.sampling_steps };
   const long = { ...normal, frame_num: card.max_frame_num };
-  return [["Draft", draft], ["Standard", normal], ["Longest", long]];
+  return [["Quick look", quick], ["Standard", normal], ["Longest", long]];
 }
 
-function drawPresets(card) {
-  const legend = make("legend", { text: "Preset" });
-  $("presets").replaceChildren(legend, ...presets(card).map(([name, values], index) => {
-    const radio = make("input", { type: "radio", name: "preset", value: String(index) });
+function drawShapes(card) {
+  const legend = make("legend", { text: "Size and length" });
+  $("shapes").replaceChildren(legend, ...shapes(card).map(([name, values], index) => {
+    const radio = make("input", { type: "radio", name: "shape", value: String(index) });
     radio.addEventListener("change", () => { for (const [field, value] of Object.entries(values)) $(field).value = value; refresh(); });
     const note = `${pretty(values.size)}, ${(values.frame_num / card.fps).toFixed(1)} s`;
-    return make("label", { class: "preset" }, radio, make("span", {}, make("b", { text: name }), make("small", { text: note })));
+    return make("label", { class: "shape" }, radio, make("span", {}, make("b", { text: name }), make("small", { text: note })));
   }));
 }
 
@@ -93,10 +116,11 @@ const number = (id) => ($(id).value.trim() === "" ? undefined : Number($(id).val
 // The request's body, exactly as it will be sent. Fields at the model's default are left out.
 export function readRequest() {
   const card = model();
-  const d = card ? card.defaults : {};
+  const d = card ? defaultsOf(card) : {};
   const body = { prompt: $("prompt").value };
   const put = (name, value, standard) => { if (value !== undefined && value !== "" && value !== standard) body[name] = value; };
   if (models.length > 1 || !card) put("model", $("model").value);
+  put("quality", quality(), "lossless");
   put("size", $("size").value, d.size);
   put("frame_num", number("frame_num"), d.frame_num);
   put("sampling_steps", number("sampling_steps"), d.sampling_steps);
@@ -110,6 +134,8 @@ export function readRequest() {
   if (seed !== "") body.seed = /^-?\d{1,15}$/.test(seed) ? Number(seed) : seed;
   put("negative_prompt", $("negative_prompt").value);
   put("priority", $("priority").value, "normal");
+  const loras = readLoras();
+  if (loras.length) body.loras = loras;
   if (picture && card && card.task !== "t2v") body.image = picture.id || "UPLOAD_ID";
   return body;
 }
@@ -126,6 +152,8 @@ export async function readyRequest() {
 export function fillFrom(request, seed = request.seed) {
   $("prompt").value = request.prompt;
   if (models.some((card) => card.id === request.model)) { $("model").value = request.model; applyModel(); }
+  const card = model();
+  if (card) { drawQuality(card, request.quality || "lossless"); last = defaultsOf(card); drawShapes(card); fillLoras(request.loras); }
   for (const name of ["size", "frame_num", "sampling_steps", "shift", "sample_solver", "negative_prompt"]) $(name).value = request[name];
   [$("guide_low").value, $("guide_high").value] = request.guide_scale;
   $("seed").value = seed ?? "";
@@ -158,10 +186,14 @@ export function showErrors(problem) {
   for (const item of problem.errors) {
     const field = FIELDS.find((name) => item.field === name || item.field.startsWith(`${name}.`));
     if (!field) { loose.push(`${item.field}: ${item.expected}`); continue; }
-    $(`${field}-error`).textContent = field === "prompt" ? `Expected ${item.expected}.` : `Got ${item.got}. Expected ${item.expected}.`;
-    for (const input of inputs(field)) input.setAttribute("aria-invalid", "true");
-    if (field !== "prompt" && field !== "image") $("details").open = true;
-    first ??= inputs(field)[0];
+    const slot = $(`${field}-error`);
+    const words = field === "prompt" ? `Expected ${item.expected}.` : `Got ${item.got}. Expected ${item.expected}.`;
+    slot.textContent = [slot.textContent, words].filter(Boolean).join(" ");
+    const wrong = inputs(item.field);
+    for (const input of wrong) input.setAttribute("aria-invalid", "true");
+    if (field === "quality") show($("quality-field"), true);
+    else if (field !== "prompt" && field !== "image") $("details").open = true;
+    first ??= wrong[0];
   }
   if (!problem.errors.length) loose.push(problem.message);
   $("form-error").textContent = loose.join(" ");
@@ -182,21 +214,22 @@ export function refresh() {
   $("steps-note").textContent = $("sampling_steps").value;
   $("prompt-count").textContent = `${$("prompt").value.length} / 2000`;
   $("digest").textContent = `${pretty($("size").value)}, ${frames} frames, ${$("sampling_steps").value} steps`;
-  const values = presets(card);
-  for (const radio of $("presets").querySelectorAll("input")) {
-    const [, preset] = values[Number(radio.value)];
-    radio.checked = Object.entries(preset).every(([field, value]) => String($(field).value) === String(value));
+  const values = shapes(card);
+  for (const radio of $("shapes").querySelectorAll("input")) {
+    const [, shape] = values[Number(radio.value)];
+    radio.checked = Object.entries(shape).every(([field, value]) => String($(field).value) === String(value));
   }
   drawCurl();
 }
 
 export function startForm(onSubmit) {
   $("form").addEventListener("submit", (event) => { event.preventDefault(); onSubmit(); });
-  $("form").addEventListener("input", (event) => { if (event.target.name !== "preset") refresh(); });
+  $("form").addEventListener("input", (event) => { if (event.target.name !== "shape") refresh(); });
   $("form").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); onSubmit(); }
   });
   $("model").addEventListener("change", applyModel);
+  $("quality").addEventListener("change", applyQuality);
   $("idea").addEventListener("click", giveIdea);
   const take = (file) => { if (file) setPicture({ file, url: URL.createObjectURL(file) }); };
   $("image").addEventListener("change", () => take($("image").files[0]));

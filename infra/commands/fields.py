@@ -16,6 +16,13 @@ class Solver(StrEnum):
     DPM = "dpm++"
 
 
+class WeightForm(StrEnum):
+    """What a node keeps of the experts' blocks."""
+
+    FULL = "full"
+    EIGHT_BIT = "8bit"
+
+
 Prompt = Annotated[str, typer.Argument(help="What the video shows, 1 to 2000 characters.")]
 NegativePrompt = Annotated[str | None, typer.Option(help="What it should not show; else the model's own.")]
 Size = Annotated[str | None, typer.Option(help="Width*height in pixels, such as 1280*720.", metavar="W*H")]
@@ -36,6 +43,13 @@ Loras = Annotated[
 ]
 Quality = Annotated[
     str | None, typer.Option(help="A preset of the model's: 8bit, 8bit-cache, 4bit or draft; else lossless.")
+]
+Weights = Annotated[
+    WeightForm | None,
+    typer.Option(
+        help="8bit: hold 8-bit weights alone, in half the memory, and serve 8-bit presets only. "
+        "Else full; a node also reads REEL_WEIGHTS."
+    ),
 ]
 Image = Annotated[Path | None, typer.Option(help="Image to start from, for models that take one.")]
 

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from infra.commands import fields
+
 
 class CeleryRole(StrEnum):
     """What a Celery process does."""
@@ -26,13 +28,17 @@ def api() -> None:
 def node(
     model: Annotated[Path, typer.Option(help="Folder of the checkpoint to serve.")],
     name: Annotated[str | None, typer.Option(help="The model's public name; else the checkpoint's.")] = None,
+    weights: fields.Weights = None,
 ) -> None:
     """Serve one model on this machine's GPUs: claim jobs, run them, publish the videos."""
     from infra.models import given_model
     from jobs.settings import get_settings
     from worker.serve import run_node
 
-    raise typer.Exit(run_node(get_settings(), given_model(model), name))
+    settings = get_settings()
+    if weights is not None:
+        settings = settings.model_copy(update={"weights": weights.value})
+    raise typer.Exit(run_node(settings, given_model(model), name))
 
 
 def celery(

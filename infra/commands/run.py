@@ -46,6 +46,7 @@ def run(
     gpu_memory_gib: Annotated[
         float | None, typer.Option(help="GiB of a GPU that may be used; else all that is free.")
     ] = None,
+    weights: fields.Weights = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Show all of the engine's log: loading rates, transports.")
     ] = False,
@@ -83,6 +84,7 @@ def run(
         lora_dir=lora_dir,
         verify=verify,
         gpu_memory=None if gpu_memory_gib is None else int(gpu_memory_gib * 2**30),
+        weights=weights.value if weights else "full",
     )
 
 

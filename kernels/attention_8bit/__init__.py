@@ -1,4 +1,4 @@
-"""Attention with 8-bit operands: our Triton kernel on CUDA, its exact emulation in torch elsewhere."""
+"""Attention with 8-bit operands: on CUDA the backend of `choice`, elsewhere our kernel's exact emulation."""
 
 from torch import Tensor
 
@@ -9,9 +9,9 @@ __all__ = ["attention"]
 
 def attention(q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(K)) v in q's dtype, [B, L, H, K]; every key counts (callers cut padding off)."""
-    if q_BLHK.is_cuda:
-        from kernels.attention_8bit import triton
+    if not q_BLHK.is_cuda or min(q_BLHK.numel(), k_BTHK.numel()) == 0:
+        return reference.attention(q_BLHK, k_BTHK, v_BTHK)
+    from kernels.attention_8bit.choice import BACKENDS, choice
 
-        if triton.fits(q_BLHK, k_BTHK, v_BTHK):
-            return triton.attention(q_BLHK, k_BTHK, v_BTHK)
-    return reference.attention(q_BLHK, k_BTHK, v_BTHK)
+    name = choice(q_BLHK.dtype, q_BLHK.shape[-1], k_BTHK.shape[1], q_BLHK.device)
+    return BACKENDS[name](q_BLHK, k_BTHK, v_BTHK)

@@ -12,13 +12,16 @@ from typing import Any
 import pytest
 
 from jobs.client import RedisClient
-from jobs.job import Phase
+from jobs.job import Lora, Phase
 from jobs.keys import KeyStore, Scope
 from jobs.nodes import NodeRegistry
+from jobs.quality import PresetCard
 from jobs.settings import Settings
 from jobs.store import JobStore
+from jobs.timings import Timings
 from tests.api.browser import browser, chromium_or_skip
 from tests.api.conftest import MODEL, Running, finish
+from tests.support.jobs import card, video_request
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 PROMPT = "a red ball rolls over a table"
@@ -234,6 +237,56 @@ def test_two_tabs_show_the_same(desk: Desk) -> None:
     first.reload()
     first.wait_for_selector("#idle:visible")
     assert first.locator(".card").count() == 0
+
+
+def test_quality_and_loras(desk: Desk) -> None:
+    """What the model's card offers is asked for; what it refuses says why; errors stand at the field."""
+    presets = [
+        PresetCard(name="lossless", summary="as published"),
+        PresetCard(name="8bit", refused="needs a GPU of compute capability 9.0"),
+        PresetCard(name="draft", summary="few steps", sampling_steps=2, guide_scale=(1.0, 1.0)),
+    ]
+    NodeRegistry(desk.store.redis).publish_model(card(presets=presets, loras=["ink", "oil"]))
+    draft = video_request(quality="draft", sampling_steps=2, guide_scale=(1.0, 1.0))
+    Timings(desk.store.redis).learn(draft, {"denoising": 61.0})
+    page = desk.enter(desk.page(width=390, height=844))
+    page.wait_for_selector("#quality:visible")
+    options = page.locator("#quality option")
+    assert options.all_text_contents() == ["lossless", "8bit (not offered)", "draft, about 1 min 1 s"]
+    assert options.nth(1).is_disabled()
+    assert options.nth(1).get_attribute("title") == "needs a GPU of compute capability 9.0"
+    assert "quality" not in page.text_content("#curl")
+    page.select_option("#quality", "draft")
+    assert page.text_content("#quality-help") == "few steps; about 1 min 1 s on the GPUs"
+    assert (page.input_value("#sampling_steps"), page.input_value("#guide_high")) == ("2", "1")
+    page.fill("#prompt", PROMPT)
+    page.click("#details summary")
+    page.focus("#lora-add")
+    for name in ("oil", "ink"):
+        page.keyboard.press("Enter")
+        page.keyboard.type(name)  # the new row has the focus
+        page.focus("#lora-add")
+    page.select_option(".lora:first-child [name=expert]", "high")
+    page.fill(".lora:first-child [name=strength]", "99")
+    assert page.evaluate(WIDTH) <= 0
+    page.click("#submit")
+    page.wait_for_selector("#loras-error:not(:empty)")
+    assert "-10 to 10" in page.text_content("#loras-error")
+    page.fill(".lora:first-child [name=strength]", "0.5")
+    NodeRegistry(desk.store.redis).publish_model(card(presets=presets, loras=["oil"]))  # ink is gone
+    page.click("#submit")
+    page.wait_for_selector("[aria-invalid=true]")
+    wrong = page.locator("[aria-invalid=true]")
+    assert (wrong.count(), wrong.input_value()) == (1, "ink")
+    assert page.evaluate("document.activeElement.value") == "ink"
+    page.click(".lora:last-child [data-remove]")
+    page.click("#submit")
+    page.wait_for_selector("#working:visible")
+    request = desk.store.list("*")[0][0].request
+    assert (request.quality, request.sampling_steps, request.guide_scale) == ("draft", 2, (1.0, 1.0))
+    assert request.loras == (Lora(name="oil", strength=0.5, expert="high"),)
+    page.select_option("#quality", "lossless")
+    assert (page.input_value("#sampling_steps"), page.input_value("#guide_high")) == ("4", "4")
 
 
 def test_a_telephone(desk: Desk, redis: RedisClient) -> None:

@@ -43,6 +43,16 @@ def video(pipeline: Pipeline, *loras: LoraUse) -> np.ndarray:
     return sink.video if sink.chunks else np.zeros(0, np.uint8)
 
 
+def eight_bit_video(pipeline: Pipeline) -> np.ndarray:
+    """Under `8bit`, which computes in 8 bits whatever the checkpoint's reel.json says."""
+    request = resolve(
+        pipeline.spec, "a cat", size=SIZE, frame_num=5, sampling_steps=2, shift=1.0, seed=3, quality="8bit"
+    )
+    sink = Frames()
+    pipeline.generate(request, sink)
+    return sink.video if sink.chunks else np.zeros(0, np.uint8)
+
+
 def photo_video(pipeline: Pipeline, image: Path) -> np.ndarray:
     """Of a 4:3 picture. I2V: 3 x 3 x 5 = 45 tokens, of which a rank holds 23, padded.
 
@@ -109,6 +119,14 @@ def check_video(checkpoint: Path, mesh: Mesh, rung: str, folder: Path) -> dict[s
     }
 
 
+def check_held(checkpoint: Path, mesh: Mesh) -> bool:
+    """8-bit weights alone, quantised as both ranks read them: the video of whole weights, bit for bit."""
+    whole = eight_bit_video(load_pipeline(checkpoint, mesh=mesh, device="cpu"))
+    pipeline = load_pipeline(checkpoint, mesh=mesh, device="cpu", weights="8bit")
+    alone = all(not w.numel() for n, w in pipeline.high.named_parameters() if n.endswith("ffn.0.weight"))
+    return alone and np.array_equal(eight_bit_video(pipeline), whole)
+
+
 def check_verify(checkpoint: Path, mesh: Mesh) -> bool:
     """A file that only one rank hashes is wrong: both say so."""
     try:
@@ -161,6 +179,7 @@ def main(checkpoint: Path, folder: Path, i2v: Path, ti2v: Path, image: Path) -> 
             np.save(folder / f"photo-{task}.npy", frames)
     results["meeting"] = check_meeting(checkpoint, mesh, pytest.MonkeyPatch())
     results["stripes"] = check_stripes(checkpoint, mesh)
+    results["held"] = check_held(checkpoint, mesh)
     results["verify"] = check_verify(checkpoint, mesh)
     (folder / f"results.{mesh.rank}").write_text(json.dumps(results))
     mesh.close()

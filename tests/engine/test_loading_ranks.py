@@ -26,7 +26,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint with a LoRA, and checksums of which the high-noise expert's are wrong."""
     folder = make_tiny(tmp_path_factory.mktemp("checkpoint"), seed=2)
     reel = json.loads((folder / "reel.json").read_text())
-    (folder / "reel.json").write_text(json.dumps(reel | {"sizes": ["{}*{}".format(*SIZE)]}))
+    reel |= {"sizes": ["{}*{}".format(*SIZE)], "presets": {"8bit": {"keep_blocks": []}}}
+    (folder / "reel.json").write_text(json.dumps(reel))
     write_lora(folder / "loras" / "style.safetensors", load_pipeline(folder, device="cpu").high)
     shards = sorted(folder.glob("high_noise_model/*.safetensors"))
     lines = [f"{'0' * 64}  {shard.relative_to(folder)}" for shard in shards[:1]]
@@ -101,6 +102,10 @@ def test_ranks_keep_their_share_and_lose_a_lora_without_a_trace(ranks: Ranks, ru
 
 def test_a_wrong_checksum_is_every_ranks_error(ranks: Ranks) -> None:
     assert [result["verify"] for result in ranks[1]] == [True, True]
+
+
+def test_ranks_that_hold_8_bit_weights_alone_make_the_same_video(ranks: Ranks) -> None:
+    assert [result["held"] for result in ranks[1]] == [True, True]
 
 
 def test_no_rank_returns_before_all_have_loaded(ranks: Ranks) -> None:

@@ -20,6 +20,7 @@ from engine.load import load_pipeline
 from engine.memory import GIB, MemoryPlan, Rung, Sizes, largest, make_plan, sizes_of
 from engine.parallel.mesh import Mesh
 from engine.pipeline import Pipeline
+from engine.preset_memory import held_block_bytes
 from engine.specs import I2V_A14B, T2V_A14B, TI2V_5B, Facts, make_spec
 from engine.weights import Entry
 
@@ -48,6 +49,31 @@ def family(facts: Facts, frames: int = 81) -> tuple[ModelSpec, Sizes]:
         published("UMT5-XXL").values(), published(f"VAE{vae.kind}").values(), BF16, FP16,
     )  # fmt: skip
     return make_spec(replace(facts, max_frame_num=frames), dit, vae), sizes
+
+
+def test_blocks_in_8_bits_alone_take_half_the_room() -> None:
+    """A14B with its first and last block whole: each expert's matrices at a byte a value."""
+    spec, sizes = family(T2V_A14B)
+    block = held_block_bytes(sizes.block, spec.dit, BF16)
+    # By hand: 6 x 5120^2 + 2 x 5120 x 13824 values in 8 bits; text keys' and values' 2 x 5120^2 stay in bf16.
+    assert block == pytest.approx(6 * 5120**2 + 2 * 5120 * 13824 + 2 * 2 * 5120**2, rel=0.002)
+    held = replace(sizes, held=38, held_block=block)
+    assert held.expert == sizes.expert - 38 * (sizes.block - block)
+
+    def plan(sizes: Sizes) -> MemoryPlan:
+        return make_plan(
+            spec, sizes, Mesh.single(), "branches", BF16, FP16,
+            on_gpu=True, available=80 * GIB, host_available=0,
+        )  # fmt: skip
+
+    saved = plan(sizes).total - plan(held).total
+    print(plan(held).table())
+    print(f"an expert {sizes.expert / 1e9:.1f} GB, in 8 bits {held.expert / 1e9:.1f} GB")
+    assert saved == 2 * (sizes.expert - held.expert) > 22e9
+    assert held.expert < 18.5e9
+    names = [name for name, _ in plan(held).rows]
+    assert "high-noise expert, 38 of 40 blocks in 8 bits" in names
+    assert dict(plan(held).phases)["a block on its way to 8 bits, loading"] == sizes.block + block
 
 
 def planner(

@@ -9,10 +9,11 @@ from torch import Tensor
 from engine.attention import WholeSequence
 from engine.config import DiTConfig
 from engine.dit import DiT
-from engine.eight_bit import EightBitBlocks, Switch
+from engine.eight_bit import EightBitBlocks, Switch, hold
 from engine.tiny import randomize
 from kernels import attention, attention_8bit, fp8_gemm
 from kernels.attention import reference as exact_attention
+from kernels.attention_8bit import choice
 from kernels.attention_8bit import reference as attention_reference
 from kernels.fp8_gemm import Rows, reference
 from kernels.norm_modulate import Norm
@@ -70,6 +71,18 @@ def test_attention(queries: int, keys: int, heads: int, width: int):
     assert relative_error(got, exact_attention.attention(q, k, v)) < 6e-2
 
 
+def test_the_chosen_attention_is_right():
+    for tokens in (75600, 32760):
+        name = choice.choice(torch.bfloat16, 128, tokens, CUDA)
+        assert choice.probe(name, torch.bfloat16, 128, CUDA) < choice.TOLERANCE
+
+
+def test_cudnns_8_bit_attention():
+    """Right, if perhaps coarser than what may be chosen."""
+    pytest.importorskip("cudnn", reason="needs nvidia-cudnn-frontend")
+    assert choice.probe(choice.CUDNN, torch.bfloat16, 128, CUDA) < 0.1
+
+
 def test_a_whole_expert_of_two_blocks():
     config = DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=2, text_dim=64)
     expert = DiT(config)
@@ -89,3 +102,8 @@ def test_a_whole_expert_of_two_blocks():
     error = relative_error(got, want)
     print(f"relative error of two blocks in 8 bits {error:.3g}")
     assert 1e-4 < error < 0.1
+    alone = EightBitBlocks(switch, keep_weights=False)
+    for block in expert.blocks:
+        alone.held[block] = hold(block)  # type: ignore[index, arg-type]
+        block.eight = alone  # type: ignore[assignment]
+    assert torch.equal(expert(latents, time, kv, sequence), got)

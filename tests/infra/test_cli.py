@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from api.inputs import JobIn
 from infra.cli import invoke
@@ -13,6 +14,9 @@ from infra.commands.fields import parse_guide_scale, parse_size
 from infra.errors import CliError
 from infra.ports import PortBlock
 from jobs.requests import VideoRequestIn
+from jobs.settings import Settings, get_settings
+from worker.build import build
+from worker.plan import NodePlan
 
 COMMANDS = (
     "up", "demo", "generate", "run", "make-tiny", "api", "node", "celery", "jobs", "nodes", "drain", "keys",
@@ -188,3 +192,43 @@ def test_make_tiny_refuses_a_folder_with_something_in_it(
     (tmp_path / "precious").touch()
     assert invoke(["make-tiny", str(tmp_path)]) == 1
     assert "not an empty folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "weights"),
+    [([], {}, "full"), ([], {"REEL_WEIGHTS": "8bit"}, "8bit"), (["--weights", "8bit"], {}, "8bit"),
+     (["--weights", "full"], {"REEL_WEIGHTS": "8bit"}, "full")],
+)  # fmt: skip
+def test_a_node_is_told_which_weights_to_hold(
+    flags: list[str],
+    environment: dict[str, str],
+    weights: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the flag, else the setting; and what a rank loads is what its node was told."""
+    (tmp_path / "model_index.json").write_text("{}")
+    told: list[Settings] = []
+    monkeypatch.setattr("worker.serve.run_node", lambda settings, model, name: told.append(settings) or 0)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    get_settings.cache_clear()
+    try:
+        assert invoke(["node", "--model", str(tmp_path), *flags]) == 0
+    finally:
+        get_settings.cache_clear()
+    assert [settings.weights for settings in told] == [weights]
+    loaded: list[object] = []
+    monkeypatch.setattr("engine.load.load_pipeline", lambda model, **more: loaded.append(more["weights"]))
+    settings = told[0].model_copy(update={"warm_up": False})
+    plan = NodePlan(
+        settings=settings, model=tmp_path, name=None, node_id="n", ranks=1, device="cpu",
+        threads=torch.get_num_threads(), run_dir=tmp_path, work_dir=tmp_path,
+    )  # fmt: skip
+    build(plan, 0, tmp_path / "meeting")
+    assert loaded == [weights]
+
+
+def test_weights_are_full_or_8bit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["node", "--model", ".", "--weights", "4bit"]) != 0
+    assert "'full', '8bit'" in capsys.readouterr().err

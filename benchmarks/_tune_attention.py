@@ -1,0 +1,110 @@
+"""The tuning table's attention: in bf16, in 8 bits, and with the VAE's wide heads."""
+
+import math
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks._measure import burst
+from kernels.attention import BACKENDS, Choice, probe
+from kernels.attention import reference as exact
+from kernels.attention_8bit import choice as eight
+
+SELF_ATTENTION: list[Choice] = [
+    ("flash4", {"tile_mn": [192, 128], "mma_pv_is_rs": False, "num_threads": 512}),
+    ("flash4", {"tile_mn": [192, 128], "mma_pv_is_rs": False, "num_threads": 512, "lazy_rescale": True}),
+    ("flash4", {"lazy_rescale": True}),
+    ("flash4", {}),
+    ("cudnn", {}),
+    ("flash2", {}),
+]
+CROSS_ATTENTION: list[Choice] = [("cudnn", {}), ("flash4", {}), ("flash2", {})]
+
+
+def randn(*shape: int) -> Tensor:
+    """Random normal values on the GPU; never zeros, which run faster."""
+    return torch.randn(*shape, device="cuda")
+
+
+def tune_attention(quick: bool) -> dict[str, Any]:
+    """The fastest right backend for self- and cross-attention at head dimension 128."""
+    device, entries = torch.device("cuda"), {}
+    length = 9450 if quick else 75600
+    cases = {"self 128": (SELF_ATTENTION, length, length, 5), "cross 128": (CROSS_ATTENTION, 9450, 512, 40)}
+    for key, (choices, queries, keys, heads) in cases.items():
+        q, (k, v) = randn(1, queries, heads, 128).bfloat16(), randn(2, 1, keys, heads, 128).bfloat16()
+        timed = []
+        for name, options in choices:
+            try:
+                if not probe((name, options), torch.bfloat16, 128, device) < 1e-2:
+                    continue
+                backend = BACKENDS[name]
+                ms = burst(lambda b=backend, o=options, q=q, k=k, v=v: b(q, k, v, o), 200, 600)
+            except Exception as failure:  # a library that isn't there is no candidate
+                print(f"attention {key} {name}: {type(failure).__name__}: {failure}"[:200], file=sys.stderr)
+                continue
+            timed.append({"backend": name, "options": options, "ms": round(ms, 4)})
+            print(f"attention {key}: {timed[-1]}", file=sys.stderr, flush=True)
+        entries[key] = min(timed, key=lambda entry: entry["ms"]) | {
+            "others": {f"{t['backend']} {t['options'] or ''}".strip(): t["ms"] for t in timed}
+        }
+    return entries
+
+
+def tune_attention_8bit(quick: bool) -> dict[str, Any]:
+    """The fastest right 8-bit self-attention of an 8-GPU share of 720p and 480p: ours, or a library's."""
+    entries = {}
+    for tokens in (9450,) if quick else (75600, 32760):
+        q, k, v = randn(3, 1, tokens, 5, 128).bfloat16().unbind(0)
+        times = {}
+        for name, backend in eight.BACKENDS.items():
+            wrong = eight_fault(name, backend, q, k, v)
+            if wrong:
+                print(f"8-bit attention {tokens} {name}: {wrong}"[:300], file=sys.stderr, flush=True)
+                continue
+            times[name] = burst(lambda b=backend, q=q, k=k, v=v: b(q, k, v), 200, 600)
+        if times:
+            entries[eight.table_key(128, tokens)] = eight_entry(times)
+            print(f"8-bit attention {tokens}: {times}", file=sys.stderr, flush=True)
+    return entries
+
+
+def eight_fault(name: str, backend: eight.Attend, q: Tensor, k: Tensor, v: Tensor) -> str:
+    """What is wrong with a backend by the probe, or at this real length on a few queries; "" for nothing."""
+    rows = torch.linspace(0, q.shape[1] - 1, 64, device=q.device).long()
+    try:
+        small = eight.probe(name, q.dtype, q.shape[-1], q.device)
+        want = exact.attention(q[:, rows], k, v)
+        real = float((backend(q, k, v)[:, rows].double() - want).norm() / want.norm())
+    except Exception as failure:  # a library that isn't there is no candidate
+        return f"{type(failure).__name__}: {failure}"
+    print(f"8-bit attention {name}: relative error {small:.4f}, at {q.shape[1]} {real:.4f}", file=sys.stderr)
+    return "" if max(small, real) < eight.TOLERANCE else f"relative error {small:.3g} and {real:.3g}"
+
+
+def eight_entry(times: dict[str, float]) -> dict[str, Any]:
+    """The table's entry of right backends' milliseconds: bursts differ by 2 %, a library must win by more."""
+    best = min(times, key=times.__getitem__)
+    close = eight.OURS in times and not times[best] < 0.98 * times[eight.OURS]
+    entry = {"backend": eight.OURS if close else best}
+    return entry | {f"{name}_ms": round(ms, 4) for name, ms in times.items()}
+
+
+def tune_wide_attention() -> dict[str, Any]:
+    """Torch's choice or our form for the VAE's one head, over a frame of 1280x720."""
+    from kernels.wide_attention import reference as library
+    from kernels.wide_attention import triton as ours
+
+    entries = {}
+    for head, pixels in {384: 90 * 160, 1024: 44 * 80}.items():
+        q, k, v = randn(1, 1, pixels, 3 * head).half().chunk(3, dim=-1)
+        want = library.attention(q, k, v).float()
+        times = {"library_ms": round(burst(lambda q=q, k=k, v=v: library.attention(q, k, v)), 4)}
+        if (ours.attention(q, k, v).float() - want).norm() < 2e-3 * want.norm():
+            times["ours_ms"] = round(burst(lambda q=q, k=k, v=v: ours.attention(q, k, v)), 4)
+        won = times.get("ours_ms", math.inf) < 0.98 * times["library_ms"]
+        entries[f"{head}"] = {"backend": "triton" if won else "library"} | times
+        print(f"wide attention {head}: {times}", file=sys.stderr, flush=True)
+    return entries
