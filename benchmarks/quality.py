@@ -28,7 +28,7 @@ from engine.load import load_pipeline
 from engine.pipeline import Pipeline
 from engine.requests import resolve
 from models.demo.frames import Frames
-from models.demo.train.captions import held_out_prompts
+from models.demo.train.captions import held_out_prompts, known_prompts
 from models.demo.train.classifier import Classifier, load_classifier
 from models.demo.train.common import MODEL_DIR, psnr
 from models.demo.train.judge import Tally, add, judge
@@ -38,9 +38,11 @@ from models.demo.train.world import Scene
 Row = dict[str, Any]  # a caption's seed, prompt, tallies and decibels
 
 
-def generate(pipeline: Pipeline, prompt: str, seed: int, size: tuple[int, int], frame_num: int) -> Tensor:
-    """One clip [1, 3, T, H, W] with the model's defaults otherwise."""
-    request = resolve(pipeline.spec, prompt, size=size, frame_num=frame_num, seed=seed)
+def generate(
+    pipeline: Pipeline, prompt: str, seed: int, size: tuple[int, int], frame_num: int, **asked: Any
+) -> Tensor:
+    """One clip [1, 3, T, H, W] with what is asked, and the model's defaults otherwise."""
+    request = resolve(pipeline.spec, prompt, size=size, frame_num=frame_num, seed=seed, **asked)
     sink = Frames()
     pipeline.generate(request, sink)
     return sink.video()
@@ -65,6 +67,7 @@ class Setting:
     frame_num: int
     side: int
     threads: int
+    asked: str = "{}"  # JSON: request fields other than the model's defaults
 
 
 class Worker:
@@ -80,11 +83,13 @@ class Worker:
             torch.set_num_threads(setting.threads)
             cls.loaded = load_pipeline(setting.model), load_classifier(setting.judge)
         pipeline, classifier = cls.loaded
-        clip = generate(pipeline, prompt, index, (setting.side, setting.side), setting.frame_num)
+        asked = json.loads(setting.asked)
+        clip = generate(pipeline, prompt, index, (setting.side, setting.side), setting.frame_num, **asked)
         drawn, decibels = round_trip(pipeline, scene, setting.frame_num, setting.side)
         return {
             "seed": index,
             "prompt": prompt,
+            "asked": asked,
             "generated": judge(classifier, clip, [scene]),
             "drawn": judge(classifier, drawn, [scene]),
             "vae_psnr_db": round(decibels, 3),
@@ -92,9 +97,12 @@ class Worker:
 
 
 def measure(pairs: list[tuple[Scene, str]], log: Path, setting: Setting, processes: int) -> list[Row]:
-    """One row a caption in order of seeds; rows that `log` holds are kept, new ones appended to it."""
-    lines = log.read_text().splitlines() if log.exists() else []
-    rows: dict[int, Row] = {row["seed"]: row for row in map(json.loads, lines)}
+    """One row a caption in order of seeds; rows of the same captions and setting in `log` are kept."""
+    asked, rows = json.loads(setting.asked), dict[int, Row]()
+    for row in map(json.loads, log.read_text().splitlines() if log.exists() else []):
+        seed = row["seed"]
+        if seed < len(pairs) and (row["prompt"], row.get("asked", {})) == (pairs[seed][1], asked):
+            rows[seed] = row
     todo = [(setting, i, *pair) for i, pair in enumerate(pairs) if i not in rows]
     with ExitStack() as stack:
         file = stack.enter_context(log.open("a"))
@@ -146,13 +154,17 @@ def main() -> None:
     parser.add_argument("--frame-num", type=int, default=17)
     parser.add_argument("--side", type=int, default=128)
     parser.add_argument("--processes", type=int, default=1, help="captions made at once, each on its share")
+    parser.add_argument("--known", action="store_true", help="captions of training's kind, to choose by")
+    parser.add_argument("--asked", default="{}", help='JSON of request fields: {"sampling_steps": 40, ...}')
     parser.add_argument("--out", type=Path, default=Path("out/quality.json"))
     args = parser.parse_args()
-    pairs = [(scene, caption.text) for scene, caption in held_out_prompts(args.count)]
+    prompts = known_prompts(args.count) if args.known else held_out_prompts(args.count)
+    pairs = [(scene, caption.text) for scene, caption in prompts]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     setting = Setting(
-        args.model, args.judge, args.frame_num, args.side, max(1, (os.cpu_count() or 1) // args.processes)
-    )
+        args.model, args.judge, args.frame_num, args.side,
+        max(1, (os.cpu_count() or 1) // args.processes), args.asked,
+    )  # fmt: skip
     rows = measure(pairs, args.out.with_suffix(".jsonl"), setting, args.processes)
     result = summary(rows)
     args.out.write_text(json.dumps(result, indent=1) + "\n")

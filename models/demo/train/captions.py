@@ -335,3 +335,9 @@ def held_out_prompts(count: int, seed: int = 2026) -> list[tuple[Scene, Caption]
     scenes = world.sample_scenes(count, seed, "held_out")
     rng = random.Random(f"captions-{seed}")
     return [(scene, describe(scene, rng, complete=True)) for scene in scenes]
+
+
+def known_prompts(count: int, seed: int = 2103) -> list[tuple[Scene, Caption]]:
+    """Complete captions of training's kind: what settings are chosen by; held-out ones stay unseen."""
+    rng = random.Random(f"captions-{seed}")
+    return [(scene, describe(scene, rng, complete=True)) for scene in world.sample_scenes(count, seed)]
