@@ -23,6 +23,7 @@ from engine.attention import Attend, Sequence
 from engine.config import DiTConfig, LoraUse
 from engine.dit import Block, DiT
 from engine.fused import SEND_ORDER, Stream
+from engine.kept_attention import attend_in_turns
 from engine.presets import EightBit, Preset
 from kernels import attention_8bit, fp8_gemm
 from kernels.fp8_gemm import Rows
@@ -113,9 +114,25 @@ class EightBitBlocks:
         """One block, as `engine.fused.run_block`: stops twice, and leaves its last branch pending."""
         weights, dtype = self.weights(block), text_kv[1].dtype
         vectors_6BSD = (block.modulation.float() + e_BS6D).permute(2, 0, 1, 3).contiguous()
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = vectors_6BSD.unbind(0)
-
+        shift, scale, gate = vectors_6BSD[:3].unbind(0)
         y = read(stream, Norm(shift, scale, block.eps, split))
+        attention = self._attention(block, weights, y, rope, sequence, length, lane, dtype)
+        del y
+        stream.add((yield from attend_in_turns(block, lane, stream.x_BLD.shape[0], attention)), gate)
+        self._others(block, weights, stream, vectors_6BSD[3:], split, text_kv, sequence)
+
+    def _attention(
+        self,
+        block: Block,
+        weights: Weights,
+        y: Rows,
+        rope: tuple[Tensor, Tensor],
+        sequence: Sequence,
+        length: int,
+        lane: int,
+        dtype: torch.dtype,
+    ) -> Generator[None, None, Tensor]:
+        """As `engine.fused.self_attention`."""
         attention = block.self_attn
         batch, tokens, dim = y.data.shape
         like = y.scale.new_empty(0, dtype=dtype)
@@ -131,8 +148,21 @@ class EightBitBlocks:
         # A row's scale needs the whole row, so parts that arrive one after another are joined first.
         parts = [part for _, part in run.outputs()]
         o_BLD = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        stream.add(_product(fp8_gemm.quantize_rows(o_BLD), weights.o, attention.o, dtype), gate)
+        return _product(fp8_gemm.quantize_rows(o_BLD), weights.o, attention.o, dtype)
 
+    def _others(
+        self,
+        block: Block,
+        weights: Weights,
+        stream: Stream,
+        ffn_3BSD: Tensor,
+        split: int,
+        text_kv: tuple[Tensor, Tensor],
+        sequence: Sequence,
+    ) -> None:
+        """The branches after self-attention."""
+        dtype = text_kv[1].dtype
+        ffn_shift, ffn_scale, ffn_gate = ffn_3BSD.unbind(0)
         cross = block.cross_attn
         y = read(stream, Norm.affine(block.norm3.weight, block.norm3.bias, block.eps, split))
         q_BLD = rms_norm(_product(y, weights.cross_q, cross.q, dtype), cross.norm_q.weight, cross.norm_q.eps)
