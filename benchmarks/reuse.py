@@ -29,15 +29,14 @@ ALWAYS = 1e9  # a threshold that leaves the cap and the edges alone to decide
 
 # Name to settings; what isn't named is off.
 SETTINGS: dict[str, Parts] = {
-    "attention, at most 1 in a row": {"attention_threshold": ALWAYS, "max_reuse": 1},
+    "attention, 1 in a row": {"attention_threshold": ALWAYS, "max_reuse": 1},
     "steps to 0.15, 1 in a row": {"step_threshold": 0.15, "max_reuse": 1},
-    "attention to 0.15": {"attention_threshold": 0.15, "max_reuse": 3},
     "attention to 0.25": {"attention_threshold": 0.25, "max_reuse": 3},
-    "steps to 0.12, 1 in a row, first 4": {"step_threshold": 0.12, "max_reuse": 1, "first": 4, "last": 2},
-    "attention to 0.4": {"attention_threshold": 0.4, "max_reuse": 5},
-    "attention to 0.4, first 5": {"attention_threshold": 0.4, "max_reuse": 5, "first": 5},
+    "steps to 0.25, 2 in a row": {"step_threshold": 0.25, "max_reuse": 2},
     "steps to 0.12, attention to 0.3": {"step_threshold": 0.12, "attention_threshold": 0.3, "max_reuse": 3},
-    "steps to 0.25": {"step_threshold": 0.25, "max_reuse": 2},
+    "attention to 0.15": {"attention_threshold": 0.15, "max_reuse": 3},
+    "attention to 0.4, first 5": {"attention_threshold": 0.4, "max_reuse": 5, "first": 5},
+    "steps to 0.12, 1 in a row, first 4": {"step_threshold": 0.12, "max_reuse": 1, "first": 4, "last": 2},
 }
 
 
