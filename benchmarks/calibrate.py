@@ -39,10 +39,12 @@ EIGHTS: tuple[Parts, ...] = (
     {"keep_blocks": [0, 1, -2, -1], "first_steps": 2},
     {"keep_blocks": [0, 1, -2, -1], "first_steps": 5},
 )
-# The most reuse first.
+# The most arithmetic saved first, at A14B's proportions (`benchmarks.reuse`).
 REUSES: tuple[Parts, ...] = (
     {"step_threshold": 0.4, "guidance_threshold": 0.5, "max_reuse": 3, "first": 2, "last": 1},
     {"step_threshold": 0.25, "guidance_threshold": 0.4, "max_reuse": 2, "first": 2, "last": 1},
+    {"step_threshold": 0.12, "attention_threshold": 0.3, "guidance_threshold": 0.4, "max_reuse": 3},
+    {"step_threshold": 0.0, "attention_threshold": 0.3, "guidance_threshold": 0.4, "max_reuse": 1},
     {"step_threshold": 0.15, "guidance_threshold": 0.4, "max_reuse": 1, "first": 3, "last": 1},
     {"step_threshold": 0.12, "guidance_threshold": 0.0, "max_reuse": 1, "first": 4, "last": 2},
     {"step_threshold": 0.1, "guidance_threshold": 0.0, "max_reuse": 1, "first": 5, "last": 3},

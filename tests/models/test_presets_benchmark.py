@@ -144,7 +144,7 @@ def test_calibration_takes_the_boldest_that_keeps_the_floor() -> None:
     assert told["8bit-cache"]["step_threshold"] == 0.25
     assert told["8bit-cache"]["keep_blocks"] == [0, -1]
     assert calibrate.calibrate(Ladder(0.0, 1.0)) == {}
-    assert set(calibrate.calibrate(Ladder(3.0, 1e6))) == {"8bit", "8bit-cache"}  # guidance alone is left
+    assert set(calibrate.calibrate(Ladder(3.0, 1e6))) == {"8bit", "8bit-cache"}  # attention is left
 
 
 def test_calibration_compares_with_the_lossless_clips(
