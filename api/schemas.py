@@ -63,6 +63,9 @@ class ResultOut(BaseModel):
     guidance_reused: int = Field(
         0, description="Computed steps that took an earlier step's guidance.", examples=[4]
     )
+    attention_reused: int = Field(
+        0, description="Computed steps that took an earlier step's self-attention.", examples=[6]
+    )
 
 
 class Links(BaseModel):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks._similarity import psnr_db
 from benchmarks.presets import FLOOR_DB, Maker, Setting
+from engine.config import Work
 from engine.presets import CACHED, EIGHT_BIT, FOUR_BIT, LOSSLESS
 from models.demo.train.captions import describe
 from models.demo.train.common import MODEL_DIR
@@ -38,10 +39,12 @@ EIGHTS: tuple[Parts, ...] = (
     {"keep_blocks": [0, 1, -2, -1], "first_steps": 2},
     {"keep_blocks": [0, 1, -2, -1], "first_steps": 5},
 )
-# The most reuse first.
+# The most arithmetic saved first, at A14B's proportions (`benchmarks.reuse`).
 REUSES: tuple[Parts, ...] = (
     {"step_threshold": 0.4, "guidance_threshold": 0.5, "max_reuse": 3, "first": 2, "last": 1},
     {"step_threshold": 0.25, "guidance_threshold": 0.4, "max_reuse": 2, "first": 2, "last": 1},
+    {"step_threshold": 0.12, "attention_threshold": 0.3, "guidance_threshold": 0.4, "max_reuse": 3},
+    {"step_threshold": 0.0, "attention_threshold": 0.3, "guidance_threshold": 0.4, "max_reuse": 1},
     {"step_threshold": 0.15, "guidance_threshold": 0.4, "max_reuse": 1, "first": 3, "last": 1},
     {"step_threshold": 0.12, "guidance_threshold": 0.0, "max_reuse": 1, "first": 4, "last": 2},
     {"step_threshold": 0.1, "guidance_threshold": 0.0, "max_reuse": 1, "first": 5, "last": 3},
@@ -59,16 +62,21 @@ class Trial:
         self.prompts = [(SEED + i, describe(scene, rng).text) for i, scene in enumerate(scenes)]
         self.targets: list[Tensor] = [maker.clip(LOSSLESS, prompt, seed)[0] for seed, prompt in self.prompts]
 
-    def decibels(self, name: str, told: Parts) -> tuple[float, float]:
-        """(mean PSNR under these settings, share of steps whose blocks ran)."""
+    def clips(self, name: str, told: Parts) -> list[tuple[float, Work]]:
+        """Each caption's (PSNR under these settings, what was done)."""
         self.maker.offer(told)
-        found, computed, steps = [], 0, 0
+        found = []
         for (seed, prompt), target in zip(self.prompts, self.targets, strict=True):
             clip, work, _ = self.maker.clip(name, prompt, seed)
-            found.append(psnr_db(clip, target))
-            computed += work.steps_computed
-            steps += work.steps_computed + work.steps_reused
-        return float(np.mean(found)), computed / steps
+            found.append((psnr_db(clip, target), work))
+        return found
+
+    def decibels(self, name: str, told: Parts) -> tuple[float, float]:
+        """(mean PSNR under these settings, share of steps whose blocks ran)."""
+        clips = self.clips(name, told)
+        computed = sum(work.steps_computed for _, work in clips)
+        steps = computed + sum(work.steps_reused for _, work in clips)
+        return float(np.mean([decibels for decibels, _ in clips])), computed / steps
 
     def first(self, name: str, rungs: list[Parts]) -> Parts | None:
         """The first of the settings that keeps the floor with the margin."""

@@ -5,7 +5,9 @@ differ: its relative L1 change from step to step is summed, and as long as the s
 the last computed residual of the whole block stack is added to the new input instead of running the blocks
 (the indicator and the sum are TeaCache's, arXiv:2411.19108; residuals instead of outputs and a cap on
 reuses in a row are DBCache's published ideas). *Guidance.* Where cond - uncond moved little between the
-steps that computed both, a step computes cond alone and takes the last difference.
+steps that computed both, a step computes cond alone and takes the last difference. *Self-attention.* Where
+the steps' signal, summed since self-attention was last computed, stays under a threshold of its own, a step
+whose blocks run takes the kept one (`engine.kept_attention`).
 
 Always computed: the first and last steps, and the first after an expert switch. Decisions come from what
 every rank holds alike (whole latents, whole predictions), and rank 0's counts: so they are the same on all
@@ -13,6 +15,7 @@ ranks, and in all layouts.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -22,6 +25,7 @@ from engine import ops
 from engine.conditioning import Conditioning
 from engine.config import Work
 from engine.dit import DiT, TextKV
+from engine.kept_attention import KeptAttention
 from engine.parallel.mesh import Mesh
 from engine.presets import Preset, Reuse
 
@@ -73,6 +77,8 @@ class Decisions:
         self._drift: float | None = None  # of the guidance, a step
         self._without = 0  # steps since the guidance was computed
         self._guidance_in_row = 0
+        self._old = 0  # steps since self-attention was computed
+        self._attention_change: float | None = None  # since then; None: it never was
 
     def _edge(self, step: int) -> bool:
         return step < self.rule.first or step >= self.steps - self.rule.last
@@ -80,6 +86,9 @@ class Decisions:
     def reuse_step(self, step: int, change: float) -> bool:
         """Whether this step takes the last computed residual; `change` is its input's since the last step."""
         self._change += change
+        self._old += 1
+        if self._attention_change is not None:
+            self._attention_change += change
         reuse = (
             self._computed
             and not self._edge(step)
@@ -104,6 +113,24 @@ class Decisions:
         self._guidance_in_row = self._guidance_in_row + 1 if reuse else 0
         return reuse
 
+    def reuse_attention(self, step: int, there: bool) -> bool:
+        """Whether a step whose blocks run takes the last computed self-attention, if all of it is `there`.
+
+        The cap counts all steps since, whatever they reused; those that follow count on from there.
+        """
+        reuse = (
+            there
+            and self._attention_change is not None
+            and not self._edge(step)
+            and self._old <= self.rule.max_reuse
+            and self._attention_change < self.rule.attention_threshold
+        )
+        if reuse:
+            self._in_row = self._old
+        else:
+            self._old, self._attention_change = 0, 0.0
+        return reuse
+
     def guidance_moved(self, change: float | None) -> None:
         """Both passes were computed; `change` is their difference's since they last were, None at first."""
         self._drift = None if change is None else change / self._without
@@ -116,11 +143,13 @@ class StepCache:
     def __init__(self, pipeline: Passes, rule: Reuse, steps: int) -> None:
         self.pipeline, self.mesh = pipeline, pipeline.mesh
         self.decisions = Decisions(rule, steps)
-        self.steps_reused = self.guidance_reused = 0
+        self.steps_reused = self.guidance_reused = self.attention_reused = 0
         self._expert: DiT | None = None
         self._probe: Tensor | None = None  # the last step's
         self._residuals: dict[Rows, Residual] = {}  # of the last computed step, by its passes on this rank
         self._alone = False  # whether that step was without guidance
+        self._kept: dict[Rows, KeptAttention] = {}  # of the last step that computed it; empty where unwanted
+        self._kept_alone = False  # whether that one was without guidance
         self._delta: Tensor | None = None  # cond - uncond when both were last computed
 
     def flow(
@@ -136,7 +165,7 @@ class StepCache:
     ) -> Tensor:
         """As `Pipeline.flow`, computed or reused."""
         if expert is not self._expert:
-            self._expert, self._probe, self._delta = expert, None, None
+            self._expert, self._probe, self._delta, self._kept = expert, None, None, {}
             self.decisions.forget()
         inputs, timesteps = image.model_input(latents_CFHW)[None], image.timesteps(t, self.pipeline.device)
         reuse = self.mesh.agree(
@@ -147,23 +176,37 @@ class StepCache:
             rows = self._rows(guide)
             self._residuals = {each: Residual() for each in rows}
             self.guidance_reused += self._alone
+        attention = not reuse and self._reuse_attention(step)
         self.steps_reused += reuse
+        self.attention_reused += attention
         flows = []
         for rows_here, residual in self._residuals.items():
             text = [] if reuse else text_of(expert, rows_here, text_2TE, texts)
-            flows.append(expert(inputs, timesteps, text, self.pipeline.sequence, residual))
+            kept = self._kept.get(rows_here) or self._kept.get((0, 1))
+            with nullcontext() if reuse or kept is None else kept.used(expert, reusing=attention):
+                flows.append(expert(inputs, timesteps, text, self.pipeline.sequence, residual))
         return self._combine(flows, guide, latents_CFHW, keep=not reuse)
 
     def work(self, quality: str) -> Work:
         """What was done in all."""
         computed = self.decisions.steps - self.steps_reused
-        return Work(quality, computed, self.steps_reused, self.guidance_reused)
+        return Work(quality, computed, self.steps_reused, self.guidance_reused, self.attention_reused)
 
     def _rows(self, guide: float) -> list[Rows]:
         """This rank's passes of a computed step."""
         if not self._alone:
             return self.pipeline.passes(guide)
         return [(0,)] if self.mesh.guidance == 1 or self.mesh.branch == 0 else []
+
+    def _reuse_attention(self, step: int) -> bool:
+        """Whether this step's passes take the kept self-attention; else there is a place for their own."""
+        if not self.decisions.rule.attention_threshold:
+            return False
+        there = self._alone or not self._kept_alone
+        reuse = self.mesh.agree(self.decisions.reuse_attention(step, there))
+        if not reuse:
+            self._kept, self._kept_alone = {each: KeptAttention() for each in self._residuals}, self._alone
+        return reuse
 
     def _combine(self, flows: list[Tensor], guide: float, like: Tensor, keep: bool) -> Tensor:
         """The guided flow [C, F, H, W] from this rank's passes."""

@@ -118,6 +118,7 @@ class Work:
     steps_computed: int = 0  # whose transformer blocks ran
     steps_reused: int = 0  # whose blocks' result was taken from an earlier step
     guidance_reused: int = 0  # of the computed ones, without the unconditional pass
+    attention_reused: int = 0  # of the computed ones, with an earlier step's self-attention
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from engine import fused, ops
 from engine.attention import Sequence, WholeSequence
 from engine.config import DiTConfig
+from engine.kept_attention import KeptAttention, attend
 from engine.rope import rope_table
 
 TextKV = list[tuple[Tensor, Tensor]]  # one (k, v) a block, each [B, T, N, K]
@@ -139,6 +140,7 @@ class Block(nn.Module):
     """Self-attention, cross-attention, feed-forward, each added to the fp32 residual stream."""
 
     eight: Numbers | None = None  # set while the block computes in 8 bits
+    kept: KeptAttention | None = None  # set while its self-attention is kept or reused
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -166,7 +168,8 @@ class Block(nn.Module):
         """One block of the residual stream."""
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation.float() + e_BS6D).unbind(2)
         y_BLD = ops.modulated_norm(x_BLD, shift, scale, split, self.eps)
-        x_BLD = ops.add_gated(x_BLD, self.self_attn(y_BLD, rope, sequence, length), gate, split)
+        o_BLD = attend(self, x_BLD.shape[0], lambda: self.self_attn(y_BLD, rope, sequence, length))
+        x_BLD = ops.add_gated(x_BLD, o_BLD, gate, split)
         x_BLD = x_BLD + self.cross_attn(self.norm3(x_BLD), text_kv, sequence).float()
         y_BLD = ops.modulated_norm(x_BLD, ffn_shift, ffn_scale, split, self.eps)
         y_BLD = linear(self.ffn[2], F.gelu(linear(self.ffn[0], y_BLD), approximate="tanh"))

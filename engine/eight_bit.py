@@ -11,34 +11,28 @@ each use, which reads and writes a weight once more a pass. On a node that an op
 Shapes: B batch, L tokens here, D model width, S timestep sets.
 """
 
-import logging
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from engine.attention import Attend, Sequence
-from engine.config import DiTConfig, LoraUse
-from engine.dit import Block, DiT
+from engine.attention import Attend, AttentionRun, Sequence
+from engine.config import LoraUse
+from engine.dit import Block
 from engine.fused import SEND_ORDER, Stream
+from engine.kept_attention import attend_in_turns
 from engine.number_format import FORMATS, Format, Operand
-from engine.presets import E4M3, NVFP4, EightBit, Preset
+from engine.presets import E4M3
 from kernels import attention_8bit
 from kernels.norm_modulate import Norm
 from kernels.qk_norm_rope import norm_rope, qk_norm_rope, rms_norm
-
-if TYPE_CHECKING:
-    from engine.attention import AttentionRun
-    from engine.pipeline import Pipeline
 
 PRODUCTS: Final = (
     "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "cross_attn.q", "cross_attn.o",
     "ffn.0", "ffn.2",
 )  # fmt: skip
-log = logging.getLogger(__name__)
 
 
 class Switch:
@@ -127,10 +121,25 @@ class EightBitBlocks:
         """One block, as `engine.fused.run_block`: stops twice, and leaves its last branch pending."""
         weights, dtype = self.weights(block), text_kv[1].dtype
         vectors_6BSD = (block.modulation.float() + e_BS6D).permute(2, 0, 1, 3).contiguous()
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = vectors_6BSD.unbind(0)
-
-        numbers = self.numbers
+        shift, scale, gate = vectors_6BSD[:3].unbind(0)
         y = self._read(stream, Norm(shift, scale, block.eps, split))
+        attention = self._attention(block, weights, y, rope, sequence, length, lane, dtype)
+        del y
+        stream.add((yield from attend_in_turns(block, lane, stream.x_BLD.shape[0], attention)), gate)
+        self._others(block, weights, stream, vectors_6BSD[3:], split, text_kv, sequence)
+
+    def _attention(
+        self,
+        block: Block,
+        weights: Weights,
+        y: Operand,
+        rope: tuple[Tensor, Tensor],
+        sequence: Sequence,
+        length: int,
+        lane: int,
+        dtype: torch.dtype,
+    ) -> Generator[None, None, Tensor]:
+        """As `engine.fused.self_attention`."""
         attention = block.self_attn
         (batch, tokens), dim = y.data.shape[:2], y.width
         like = y.data.new_empty(0, dtype=dtype)
@@ -146,8 +155,21 @@ class EightBitBlocks:
         # A row's scale needs the whole row, so parts that arrive one after another are joined first.
         parts = [part for _, part in run.outputs()]
         o_BLD = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        stream.add(self._product(numbers.quantize_rows(o_BLD), weights.o, attention.o, dtype), gate)
+        return self._product(self.numbers.quantize_rows(o_BLD), weights.o, attention.o, dtype)
 
+    def _others(
+        self,
+        block: Block,
+        weights: Weights,
+        stream: Stream,
+        ffn_3BSD: Tensor,
+        split: int,
+        text_kv: tuple[Tensor, Tensor],
+        sequence: Sequence,
+    ) -> None:
+        """The branches after self-attention."""
+        dtype = text_kv[1].dtype
+        ffn_shift, ffn_scale, ffn_gate = ffn_3BSD.unbind(0)
         cross = block.cross_attn
         y = self._read(stream, Norm.affine(block.norm3.weight, block.norm3.bias, block.eps, split))
         q_BLD = self._product(y, weights.cross_q, cross.q, dtype)
@@ -155,10 +177,10 @@ class EightBitBlocks:
         k_BTNK, v_BTNK = text_kv
         q_BLNK = cross.split_heads(q_BLD).expand(v_BTNK.shape[0], -1, -1, -1)
         o_BLD = sequence.cross_attention(q_BLNK, k_BTNK, v_BTNK).flatten(2)
-        stream.add(self._product(numbers.quantize_rows(o_BLD), weights.cross_o, cross.o, dtype), None)
+        stream.add(self._product(self.numbers.quantize_rows(o_BLD), weights.cross_o, cross.o, dtype), None)
 
         y = self._read(stream, Norm(ffn_shift, ffn_scale, block.eps, split))
-        wide = numbers.gelu_quantize(self._product(y, weights.up, block.ffn[0], dtype))
+        wide = self.numbers.gelu_quantize(self._product(y, weights.up, block.ffn[0], dtype))
         stream.add(self._product(wide, weights.down, block.ffn[2], dtype), ffn_gate)
 
     def _project(
@@ -167,7 +189,7 @@ class EightBitBlocks:
         weight: Operand,
         y: Operand,
         rope: tuple[Tensor, Tensor],
-        run: "AttentionRun",
+        run: AttentionRun,
         dtype: torch.dtype,
         split: bool,
     ) -> None:
@@ -208,94 +230,3 @@ class EightBitBlocks:
     def _product(self, x: Operand, weight: Operand, layer: nn.Module, dtype: torch.dtype) -> Tensor:
         assert isinstance(layer, nn.Linear)
         return self.numbers.linear(x, weight, layer.bias, dtype)
-
-
-class EightBitMode:
-    """Puts a pipeline's blocks into 8 or 4 bits for the videos that ask for it, and back."""
-
-    def __init__(
-        self, pipeline: "Pipeline", attend: Attend, cross_attend: Attend, keep_weights: bool
-    ) -> None:
-        switch = Switch(attend)
-        self.pipeline = pipeline
-        self.blocks = EightBitBlocks(switch, keep_weights)
-        self.fours = EightBitBlocks(switch, keep_weights, NVFP4)
-        self.sequence = pipeline.mesh.sequence(switch, cross_attend)
-        self._parts: EightBit | None = None  # of the video under way
-        self._now: list[Block] = []
-
-    def keep(self, room: int, config: DiTConfig) -> None:
-        """Quantise all weights now if they take less than `room` bytes; 0 where blocks come and go.
-
-        Where two formats are offered, 8 bits come first. Every rank must be told of the same rung, but may
-        decide for itself: the numbers are the same.
-        """
-        offered = [p.eight_bit for p in self.pipeline.spec.presets if p.eight_bit and not p.refused]
-        chosen = {block for parts in offered for block in self._chosen(parts)}
-        if chosen and chosen <= set(self.blocks.held):
-            log.info("8-bit weights: %d blocks, held alone", len(chosen))
-            return
-        experts = 1 if self.pipeline.low is None else 2
-        for blocks in (self.blocks, self.fours):
-            mine = [parts for parts in offered if self._blocks(parts) is blocks]
-            name, size = blocks.numbers.NAME, experts * kept_bytes(config, blocks.numbers)
-            blocks.keep_weights = size < room
-            if not mine:
-                continue
-            kept = "kept" if blocks.keep_weights else "made at each use"
-            log.info("%s weights: %.2f GiB %s", name, size / 2**30, kept)
-            room -= size if blocks.keep_weights else 0
-            for block in (b for parts in mine if blocks.keep_weights for b in self._chosen(parts)):
-                blocks.weights(block)
-
-    @contextmanager
-    def using(self, preset: Preset | None) -> Iterator[None]:
-        """While a video is made: its preset's blocks in 8 or 4 bits. Nothing for a preset without any."""
-        parts = None if preset is None else preset.eight_bit
-        if parts is None:
-            yield
-            return
-        loras = self.pipeline.loras
-        blocks = self._blocks(parts)
-        blocks.refresh(() if loras is None else loras.current)
-        blocks.attention = parts.attention
-        plain, self.pipeline.sequence = self.pipeline.sequence, self.sequence
-        self._parts, self._now = parts, self._chosen(parts)
-        self.at_step(0)
-        try:
-            yield
-        finally:
-            self._set(None)
-            self.pipeline.sequence, self._parts, self._now = plain, None, []
-
-    def at_step(self, step: int) -> None:
-        """Before each denoising step: the first ones may be the preset's lossless ones."""
-        if self._parts is not None:
-            self._set(self._blocks(self._parts) if step >= self._parts.first_steps else None)
-
-    def _blocks(self, parts: EightBit) -> EightBitBlocks:
-        """What runs the blocks of such a preset."""
-        return self.fours if parts.form == NVFP4 else self.blocks
-
-    def _set(self, numbers: EightBitBlocks | None) -> None:
-        for block in self._now:
-            block.eight = numbers
-
-    def _chosen(self, parts: EightBit | None) -> list[Block]:
-        """The blocks that a preset computes in 8 or 4 bits, of every expert."""
-        if parts is None:
-            return []
-        experts: list[DiT] = [e for e in (self.pipeline.high, self.pipeline.low) if e is not None]
-        return [
-            block
-            for expert in experts
-            for index, block in enumerate(expert.blocks)
-            if isinstance(block, Block) and not parts.keeps(index, len(expert.blocks))
-        ]
-
-
-def kept_bytes(config: DiTConfig, numbers: Format[Any] = FORMATS[E4M3]) -> int:
-    """Device memory of an expert's quantised weights, scales included."""
-    dim, ffn = config.dim, config.ffn_dim
-    shapes = ((6 * dim, dim), (ffn, dim), (dim, ffn))  # q, k, v, o and the cross-attention's two
-    return config.num_layers * sum(numbers.stored_bytes(*shape) for shape in shapes)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.kept_attention import attend_in_turns
 from kernels import gemm
 from kernels.norm_modulate import Norm, add_normalize, normalize
 from kernels.norm_modulate.reference import add_gated
@@ -216,8 +217,8 @@ def run_block(
     vectors_6BSD = (block.modulation.float() + e_BS6D).permute(2, 0, 1, 3).contiguous()
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = vectors_6BSD.unbind(0)
     y_BLD = stream.read(Norm(shift, scale, block.eps, split), dtype)
-    o_BLD = yield from self_attention(block.self_attn, y_BLD, rope, sequence, length, lane)
-    stream.add(o_BLD, gate)
+    attention = self_attention(block.self_attn, y_BLD, rope, sequence, length, lane)
+    stream.add((yield from attend_in_turns(block, lane, stream.x_BLD.shape[0], attention)), gate)
     # The gate's split is the norm's: an affine norm has one set of vectors, so it may carry it.
     y_BLD = stream.read(Norm.affine(block.norm3.weight, block.norm3.bias, block.eps, split), dtype)
     stream.add(cross_attention(block.cross_attn, y_BLD, text_kv, sequence), None)

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from engine.config import ModelSpec
 from engine.errors import CheckpointError
 from engine.layout import Layout
-from engine.memory import GIB, MemoryPlan, Rung, make_plan, sizes_of
+from engine.memory import GIB, MemoryPlan, Rung, local_tokens, make_plan, sizes_of
 from engine.parallel.mesh import Mesh
-from engine.preset_memory import held_block_bytes
+from engine.preset_memory import held_block_bytes, kept_attention_bytes, without_kept_attention
 
 log = logging.getLogger(__name__)
 MOVING: tuple[Rung, ...] = ("shard", "host")  # rungs on which blocks come and go
@@ -74,6 +74,25 @@ def plan_memory(
             "and slower", plan.words, passed[0].words, passed[0].gib, available / GIB,
         )  # fmt: skip
     return plan
+
+
+def plan_kept_attention(
+    spec: ModelSpec, plan: MemoryPlan, mesh: Mesh, dtype: torch.dtype
+) -> tuple[ModelSpec, MemoryPlan]:
+    """Both with room for the presets' kept self-attention, or with those presets refused; a collective call.
+
+    It never moves a model to a lower rung: that would slow down every video for the sake of some.
+    """
+    size = kept_attention_bytes(spec, local_tokens(spec, mesh), 2 if mesh.guidance == 1 else 1, dtype)
+    if not size:
+        return spec, plan
+    with_it = replace(plan, rows=(*plan.rows, ("self-attention kept from step to step", size)))
+    if smallest(mesh)(int(with_it.fits)):
+        log.info("memory: %.2f GiB more for self-attention kept from step to step", size / GIB)
+        return spec, with_it
+    reason = f"its attention cache takes {size / GIB:.3f} GiB of each GPU, more than the model leaves free"
+    log.warning("memory: presets that keep self-attention are refused: %s", reason)
+    return without_kept_attention(spec, reason), plan
 
 
 def allowed(mesh: Mesh, experts: int, on_gpu: bool) -> list[Rung]:

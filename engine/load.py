@@ -11,7 +11,7 @@ from engine.attention import pick_attend
 from engine.checksums import verify as verify_checksums
 from engine.config import DiTConfig, VAEConfig
 from engine.errors import CheckpointError
-from engine.ladder import plan_memory
+from engine.ladder import plan_kept_attention, plan_memory
 from engine.layout import Layout, Part, find_layout
 from engine.loader import Loader, OnBytes
 from engine.lora import Loras
@@ -76,6 +76,7 @@ def load_pipeline(
     if verify:
         verify_checksums(folder, mesh)
     plan = plan_memory(spec, layout, mesh, device, dtype, vae_dtype, memory_limit, rung, held)
+    spec, plan = plan_kept_attention(spec, plan, mesh, dtype)
 
     load = Loader(mesh, device, dtype, vae_dtype, on_bytes)
     high, low, exchange = load.experts(layout, dit_config, plan.rung, held)

@@ -25,7 +25,7 @@ from engine.config import (
     Work,
 )
 from engine.dit import DiT, TextKV
-from engine.eight_bit import EightBitMode
+from engine.eight_bit_mode import EightBitMode
 from engine.errors import OutOfMemory, RequestError
 from engine.frame_writer import FrameWriter
 from engine.lora import Loras, distilled

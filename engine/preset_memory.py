@@ -5,13 +5,36 @@ from dataclasses import replace
 import torch
 
 from engine.config import DiTConfig, ModelSpec
-from engine.eight_bit import kept_bytes
+from engine.eight_bit_mode import kept_bytes
 from engine.number_format import FORMATS
 from engine.presets import E4M3, NVFP4
 
 # Bytes a value at once in `kernels.nvfp4_gemm.reference`: two fp32 copies and a third's magnitude, the codes
 # and a comparison, the source in half precision.
 PASSES = 16
+
+
+def kept_attention_bytes(spec: ModelSpec, tokens: int, branches: int, dtype: torch.dtype) -> int:
+    """What an offered preset keeps of every block's self-attention, of one expert at a time; 0 for none.
+
+    `tokens` are a rank's in the largest request, `branches` the guidance branches that it makes. T2V-A14B at
+    1280x720 x 81 frames on 8 GPUs: 40 blocks x 2 branches x 9,450 tokens x 5,120 x 2 bytes = 7.2 GiB.
+    """
+    offered = [preset.reuse for preset in spec.presets if preset.reuse and not preset.refused]
+    if not any(reuse.attention_threshold for reuse in offered):
+        return 0
+    return spec.dit.num_layers * branches * tokens * spec.dit.dim * dtype.itemsize
+
+
+def without_kept_attention(spec: ModelSpec, reason: str) -> ModelSpec:
+    """The same model, refusing for this reason the presets that keep self-attention."""
+    presets = tuple(
+        replace(preset, refused=reason)
+        if preset.reuse and preset.reuse.attention_threshold and not preset.refused
+        else preset
+        for preset in spec.presets
+    )
+    return replace(spec, presets=presets)
 
 
 def preset_rows(

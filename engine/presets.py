@@ -59,6 +59,7 @@ class Reuse:
     """When a step's work is reused instead of done. Thresholds are relative changes, 0 for never."""
 
     step_threshold: float = 0.0  # summed change of the modulated input since the last computed step
+    attention_threshold: float = 0.0  # as step_threshold, since self-attention was last computed
     guidance_threshold: float = 0.0  # expected change of cond - uncond since it was last computed
     max_reuse: int = 2  # at most so many in a row
     first: int = 2  # steps at the beginning that are always computed
@@ -89,7 +90,7 @@ class Preset:
 SUMMARIES = {
     LOSSLESS: "everything as the model was published, in bf16",
     EIGHT_BIT: "matrix products and self-attention of most blocks in 8 bits",
-    CACHED: "8bit, and steps or guidance that change little are reused",
+    CACHED: "8bit, and steps, self-attention or guidance that change little are reused",
     FOUR_BIT: "matrix products of most blocks in 4 bits (NVFP4; its Blackwell path was never run)",
     DRAFT: "few steps by distilled LoRAs, without guidance",
 }

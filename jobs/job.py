@@ -153,6 +153,7 @@ class VideoResult(BaseModel):
     steps_computed: int | None = None  # denoising steps whose blocks ran; None: made by an older node
     steps_reused: int = 0  # steps that took an earlier one's result
     guidance_reused: int = 0  # computed steps without their unconditional pass
+    attention_reused: int = 0  # computed steps that took an earlier one's self-attention
     cost: float | None = None  # those seconds at the node's price (REEL_NODE_PRICE_PER_HOUR), if it has one
 
 

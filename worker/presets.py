@@ -30,6 +30,7 @@ class Made(TypedDict):
     steps_computed: int | None
     steps_reused: int
     guidance_reused: int
+    attention_reused: int
 
 
 def made(facts: VideoFacts) -> Made:
@@ -41,4 +42,5 @@ def made(facts: VideoFacts) -> Made:
         steps_computed=None if computed is None else int(computed),
         steps_reused=int(work.get("steps_reused", 0)),
         guidance_reused=int(work.get("guidance_reused", 0)),
+        attention_reused=int(work.get("attention_reused", 0)),
     )

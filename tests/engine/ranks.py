@@ -16,7 +16,7 @@ from engine.attention import Overlap, sdpa
 from engine.cache import StepCache
 from engine.conditioning import Conditioning
 from engine.config import Canceled, Progress, VAEConfig
-from engine.eight_bit import EightBitMode
+from engine.eight_bit_mode import EightBitMode
 from engine.errors import CheckpointError
 from engine.load import load_pipeline
 from engine.parallel.mesh import Mesh
@@ -102,8 +102,11 @@ def eight_bit_latents(pipeline: Pipeline) -> Tensor:
 
 
 def cached_latents(pipeline: Pipeline) -> Tensor:
-    """Twelve steps of which some are reused, as are some guidances; what was done is appended, as numbers."""
-    rule = Reuse(step_threshold=0.25, guidance_threshold=0.6, max_reuse=2, first=1, last=1)
+    """Twelve steps of which some are reused, as are some guidances and some self-attention.
+
+    What was done is appended, as numbers.
+    """
+    rule = Reuse(0.25, attention_threshold=0.5, guidance_threshold=0.6, max_reuse=2, first=1, last=1)
     request = resolve(pipeline.spec, "-", sampling_steps=12, shift=3.0, guide_scale=(2.0, 3.0), seed=1)
     generator = torch.Generator().manual_seed(4)
     text = torch.randn(2, 512, pipeline.spec.dit.text_dim, generator=generator)
@@ -111,8 +114,8 @@ def cached_latents(pipeline: Pipeline) -> Tensor:
     tracker, cache = Tracker(pipeline.mesh, pipeline.device), StepCache(pipeline, rule, 12)
     with pipeline.mesh.working(), torch.inference_mode():
         latents = pipeline.denoise(request, text, noise, Conditioning((0, 0)), tracker, cache)
-    done = torch.tensor([float(cache.steps_reused), float(cache.guidance_reused)])
-    return torch.cat((latents.flatten(), done))
+    done = cache.steps_reused, cache.guidance_reused, cache.attention_reused
+    return torch.cat((latents.flatten(), torch.tensor([float(count) for count in done])))
 
 
 def fused_latents(pipeline: Pipeline) -> Tensor:
@@ -250,6 +253,9 @@ def run_world(rank: int, world: int, folder: Path, checkpoint: Path) -> None:
             found[f"{layout} {name}"] = fused_latents(pipeline)
             if world == 2:
                 found[f"{layout} {name} 8bit"] = eight_bit_latents(pipeline)
+            if world == 2 and name == "shared all":
+                with mock.patch.object(fused, "applies", return_value=True):
+                    found[f"{layout} cached in turns"] = cached_latents(pipeline)
             other.watch.close()
         pipeline.mesh, pipeline.sequence = mesh, mesh.sequence()
     for kind, rows, columns in VAES:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from engine.config import DiTConfig, LoraUse
-from engine.eight_bit import EightBitBlocks, kept_bytes
+from engine.eight_bit import EightBitBlocks
+from engine.eight_bit_mode import kept_bytes
 from engine.load import load_pipeline
 from engine.pipeline import Pipeline
 from engine.presets import EIGHT_BIT, ONLY_LOSSLESS, EightBit, Preset

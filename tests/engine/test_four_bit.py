@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.attention import Overlap
 from engine.config import DiTConfig
-from engine.eight_bit import kept_bytes
+from engine.eight_bit_mode import kept_bytes
 from engine.load import load_pipeline
 from engine.number_format import FORMATS
 from engine.pipeline import Pipeline

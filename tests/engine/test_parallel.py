@@ -112,14 +112,12 @@ def test_blocks_in_8_bits_use_every_transport_and_overlap(ranks: Path, alone: Pi
     expect_equal(found(ranks, 2)[f"1x2 {variant} 8bit"], case_latents(alone, FUSED_GRID))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[2])
-def test_every_layout_reuses_the_same_steps(ranks: Path, alone: Pipeline, layout: str) -> None:
-    got, expected = found(ranks, 2)[f"{layout} cached"], cached_latents(alone)
-    steps, guidance = expected[-2:].tolist()
-    assert steps > 0
-    assert guidance > 0
-    assert torch.equal(got[-2:], expected[-2:])
-    expect_equal(got[:-2], expected[:-2])
+@pytest.mark.parametrize("case", [*(f"{layout} cached" for layout in LAYOUTS[2]), "1x2 cached in turns"])
+def test_every_layout_reuses_the_same_steps(ranks: Path, alone: Pipeline, case: str) -> None:
+    got, expected = found(ranks, 2)[case], cached_latents(alone)
+    assert min(expected[-3:].tolist()) > 0  # steps, guidances, self-attention
+    assert torch.equal(got[-3:], expected[-3:])
+    expect_equal(got[:-3], expected[:-3])
 
 
 @pytest.mark.parametrize(("kind", "rows", "columns"), VAES)

@@ -12,7 +12,7 @@ FIRST = {  # a request's fields in schema 1; a later one belongs into LATER
     "prompt", "negative_prompt", "model", "size", "frame_num", "shift", "sampling_steps", "guide_scale",
     "seed", "sample_solver", "image",
 }  # fmt: skip
-NEW_IN_RESULTS = {"quality", "steps_computed", "steps_reused", "guidance_reused"}
+NEW_IN_RESULTS = {"quality", "steps_computed", "steps_reused", "guidance_reused", "attention_reused"}
 
 
 def test_every_later_field_has_its_schema() -> None:

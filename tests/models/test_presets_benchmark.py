@@ -147,7 +147,7 @@ def test_calibration_takes_the_boldest_that_keeps_the_floor() -> None:
     assert told["4bit"] == {"keep_blocks": [0, -1], "first_steps": 0}
     assert calibrate.calibrate(Ladder(0.0, 1.0), "8bit") == {}
     assert calibrate.calibrate(Ladder(0.0, 1.0)) == {"4bit": {"keep_blocks": [0, -1], "first_steps": 2}}
-    assert set(calibrate.calibrate(Ladder(3.0, 1e6), "8bit")) == {"8bit", "8bit-cache"}  # guidance is left
+    assert set(calibrate.calibrate(Ladder(3.0, 1e6), "8bit")) == {"8bit", "8bit-cache"}  # attention is left
     assert set(calibrate.calibrate(Ladder(3.0, 1.0), "4bit")) == {"4bit"}
 
 

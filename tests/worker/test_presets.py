@@ -14,12 +14,13 @@ def facts(**manifest: object) -> VideoFacts:
 
 
 def test_the_record_names_the_preset_and_what_it_left_out() -> None:
-    found = made(facts(work=asdict(Work("8bit-cache", 14, 6, 3))))
-    assert found == {"quality": "8bit-cache", "steps_computed": 14, "steps_reused": 6, "guidance_reused": 3}
+    found = made(facts(work=asdict(Work("8bit-cache", 14, 6, 3, 2))))
+    expected = {"steps_computed": 14, "steps_reused": 6, "guidance_reused": 3, "attention_reused": 2}
+    assert found == {"quality": "8bit-cache", **expected}
     stored = VideoResult.model_validate({**result().model_dump(), **found})
     assert (stored.quality, stored.steps_computed, stored.steps_reused) == ("8bit-cache", 14, 6)
 
 
 def test_a_video_that_an_older_node_left_in_the_spool_was_lossless() -> None:
-    expected = {"quality": "lossless", "steps_computed": None, "steps_reused": 0, "guidance_reused": 0}
-    assert made(facts()) == expected
+    nothing = {"steps_reused": 0, "guidance_reused": 0, "attention_reused": 0}
+    assert made(facts()) == {"quality": "lossless", "steps_computed": None, **nothing}
