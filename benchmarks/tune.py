@@ -12,7 +12,7 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
@@ -24,27 +24,17 @@ from torch import Tensor
 
 from benchmarks._measure import burst
 from benchmarks._tune_attention import randn, tune_attention, tune_attention_8bit, tune_wide_attention
+from benchmarks._tune_passes import fastest, force, norm_passes, vae_passes
 from kernels import gemm, tables
 from kernels.attention_8bit.choice import TABLE
 from kernels.gemm import reference
 from kernels.norm_modulate import Norm, add_normalize, normalize
 
 Call = Callable[[], Tensor]
-DIMS = {5120: 40, 3072: 24}  # width -> heads
 PRODUCTS = [(15360, 5120), (5120, 5120), (13824, 5120), (5120, 13824)]
 PRODUCTS_5B = [(9216, 3072), (3072, 3072), (14336, 3072), (3072, 14336)]
 ROWS = (9450, 4095, 18900, 37800, 75600)
 ROWS_5B = (3410, 27280)
-NORM_SETTINGS = [(1, 4), (1, 8), (1, 16), (2, 8), (2, 16)]  # rows, warps
-QK_SETTINGS = [(1, 4), (1, 8), (2, 4), (2, 8)]
-VAE_SETTINGS = [(1024, 2), (1024, 4), (2048, 4), (4096, 4), (4096, 8), (8192, 8)]  # values a program, warps
-VAE_SHAPES = {
-    96: (4, 720, 1280),
-    192: (4, 360, 640),
-    384: (4, 180, 320),
-    256: (4, 352, 640),
-    512: (4, 176, 320),
-}
 
 
 def tiles() -> list[Any]:
@@ -57,85 +47,6 @@ def tiles() -> list[Any]:
         Tile(256, 128, 64, stages=3, halves=False),
         Tile(128, 128, 64, stages=4, warps=4, halves=False),
     ]
-
-
-def force(op: str, key: str, entry: dict[str, Any]) -> None:
-    """Make the kernels of this process use `entry` for (op, key)."""
-    tables.load(torch.cuda.get_device_name()).setdefault(op, {})[key] = entry
-    tables._setting.cache_clear()
-
-
-def fastest(op: str, key: str, entries: list[dict[str, Any]], call: Call) -> dict[str, Any]:
-    """The entry with which `call` is fastest, with its time in milliseconds."""
-    timed = []
-    for entry in entries:
-        force(op, key, entry)
-        timed.append(entry | {"ms": round(burst(call), 4)})
-    best = min(timed, key=lambda entry: entry["ms"])
-    force(op, key, best)
-    print(f"{op} {key}: {best}  of {[t['ms'] for t in timed]}", file=sys.stderr, flush=True)
-    return best
-
-
-def norm_calls(rows: int = 9450) -> Iterable[tuple[str, str, list[dict[str, Any]], Call]]:
-    """(op, key, entries, call) of the memory-bound kernels of the transformer."""
-    from kernels.norm_modulate import triton as norm
-    from kernels.qk_norm_rope import SendLayout
-    from kernels.qk_norm_rope import triton as qk
-
-    for dim, heads in DIMS.items():
-        x, y, gate = randn(1, rows, dim), randn(1, rows, dim).bfloat16(), randn(1, 1, dim)
-        modulation = Norm(randn(1, 1, dim), randn(1, 1, dim), 1e-6)
-        entries = [{"rows": r, "warps": w} for r, w in NORM_SETTINGS]
-        yield (
-            "norm_modulate", f"{dim}", entries,
-            lambda x=x, y=y, g=gate, n=modulation: norm.add_normalize(x, y, g, n, torch.bfloat16)[1],
-        )  # fmt: skip
-        qkv, weight = randn(1, rows, 3 * dim).bfloat16(), randn(dim)
-        angle = randn(rows, 64)
-        rope = (angle.cos(), angle.sin())
-        entries = [{"rows": r, "warps": w} for r, w in QK_SETTINGS]
-        yield (
-            "qk_norm_rope", f"{dim}", entries,
-            lambda qkv=qkv, w=weight, rope=rope, layout=SendLayout.of(heads, 8): (
-                qk.qk_norm_rope(qkv, w, w, rope, layout, 1e-6)[0]
-            ),
-        )  # fmt: skip
-        yield "rms_norm", f"{dim}", entries, lambda y=y, w=weight: qk.rms_norm(y, w, 1e-6)
-
-
-def vae_calls(small: bool = False) -> Iterable[tuple[str, str, list[dict[str, Any]], Call]]:
-    """The same for the VAE's: a residual block's sum, norm, SiLU and cached frames; a doubled map's phases.
-
-    `small` maps compile the same kernels.
-    """
-    from kernels.vae_norm_silu import triton as norm
-    from kernels.vae_upsample import triton as upsample
-
-    last = torch.channels_last_3d
-    for channels, shape in VAE_SHAPES.items():
-        frames, height, width = (4, 16, 32) if small else shape
-        x, shortcut = (
-            randn(1, channels, frames, height, width).half().contiguous(memory_format=last) for _ in range(2)
-        )
-        out = torch.empty(
-            1, channels, frames + 2, height, width, device="cuda", dtype=x.dtype, memory_format=last
-        )
-        past = randn(1, channels, 2, height, width).half().contiguous(memory_format=last)
-        bias, gamma = randn(channels).half(), randn(channels).half()
-        entries = [{"block": b, "warps": w} for b, w in VAE_SETTINGS]
-        yield (
-            "vae_norm_silu", f"{channels}", entries,
-            lambda x=x, out=out, past=past, bias=bias, shortcut=shortcut, gamma=gamma: (
-                norm.join(x, out, past, bias, shortcut, gamma, True, False)
-            ),
-        )  # fmt: skip
-        phases = randn(frames, 4 * channels, height // 2 + 1, width // 2 + 1).half()
-        phases = phases.contiguous(memory_format=torch.channels_last)
-        yield (
-            "vae_upsample", f"{channels}", entries,
-            lambda phases=phases, bias=bias: upsample.interleave(phases, bias),
-        )  # fmt: skip
 
 
 def product_call(epilogue: str, x: Tensor, weight: Tensor, bias: Tensor, tile: Any) -> Call:
@@ -199,8 +110,8 @@ def tune_products(quick: bool) -> dict[str, Any]:
 def compile_ahead(index: int) -> None:
     """Compile one slice of all candidates into Triton's disk cache (run in parallel processes)."""
     jobs: list[Callable[[], object]] = []
-    for op, key, entries, call in [*norm_calls(), *vae_calls(small=True)]:
-        jobs += [lambda o=op, k=key, e=entry, c=call: (force(o, k, e), c()) for entry in entries]
+    for one in [*norm_passes(), *vae_passes(small=True)]:
+        jobs += [lambda o=one, e=entry: (force(o.op, o.key, e), o.ours()) for entry in one.entries]
     for rows, n, k in ((256, 512, 512), (256, 512, 256)):
         x, weight, bias = randn(1, rows, k).bfloat16(), randn(n, k).bfloat16(), randn(n).bfloat16()
         for epilogue in ("bias", "gelu"):
@@ -227,9 +138,11 @@ def main() -> None:
             workers = os.cpu_count() or 1
             with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
                 list(pool.map(compile_ahead, range(workers)))
-        calls = [*(norm_calls() if "norms" in wanted else ()), *(vae_calls() if "vae" in wanted else ())]
-        for op, key, entries, call in calls:
-            ops.setdefault(op, {})[key] = fastest(op, key, entries, call)
+        for one in (
+            *(norm_passes() if "norms" in wanted else ()),
+            *(vae_passes() if "vae" in wanted else ()),
+        ):
+            ops.setdefault(one.op, {})[one.key] = fastest(one)
         if "gemm" in wanted:
             ops.setdefault("gemm", {}).update(tune_products(arguments.quick))
         if "vae" in wanted:
