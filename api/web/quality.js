@@ -28,5 +28,5 @@ export function drawQuality(card, wanted = quality()) {
 export function describe(card) {
   const preset = chosen(card);
   const seconds = preset?.expected_seconds ?? null;
-  $("quality-help").textContent = preset ? preset.summary + (seconds === null ? "" : `; about ${duration(seconds)} on the GPUs`) : "";
+  $("quality-help").textContent = preset ? preset.summary + (seconds === null ? "" : `; about ${duration(seconds)} of computing`) : "";
 }

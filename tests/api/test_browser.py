@@ -257,7 +257,7 @@ def test_quality_and_loras(desk: Desk) -> None:
     assert options.nth(1).get_attribute("title") == "needs a GPU of compute capability 9.0"
     assert "quality" not in page.text_content("#curl")
     page.select_option("#quality", "draft")
-    assert page.text_content("#quality-help") == "few steps; about 1 min 1 s on the GPUs"
+    assert page.text_content("#quality-help") == "few steps; about 1 min 1 s of computing"
     assert (page.input_value("#sampling_steps"), page.input_value("#guide_high")) == ("2", "1")
     page.fill("#prompt", PROMPT)
     page.click("#details summary")
