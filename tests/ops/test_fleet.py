@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.ops.compose import ROOT, Deployment, Process, free_ports, until
+from tests.ops.compose import ROOT, Deployment, Process, until
 from tests.ops.fleet import NODE, QUICK, Fleet
 
 DATA = Path(__file__).parent / "data"
@@ -67,7 +67,7 @@ def test_the_last_release_and_todays_code_share_one_queue(
     env, cwd = deployment.env("api", previous), deployment.folder
     said = subprocess.run(whose, env=env, cwd=cwd, capture_output=True, text=True, check=True)
     assert said.stdout.count(str(previous)) == 2  # or the test compares today's code with itself
-    port = str(free_ports(1)[0])
+    port = str(deployment.free_port())
     # That release had one S3 user with all rights, as only the operator's is today.
     user = {"REEL_S3_ACCESS_KEY": "ops", "REEL_S3_SECRET_KEY_FILE": deployment.secret("s3_secret_ops")}
     old_api = deployment.start("api", "api-old", code=previous, REEL_API_PORT=port, **QUICK, **user)
@@ -191,7 +191,7 @@ def test_health_checks_tell_the_living(deployment: Deployment, service: str) -> 
 
 
 def test_health_checks_tell_the_dead(deployment: Deployment) -> None:
-    nobody = str(free_ports(1)[0])
+    nobody = str(deployment.free_port())
     assert not deployment.healthy("scaler")  # it was stopped
     assert not deployment.healthy("api", REEL_API_PORT=nobody)
     until(lambda: not deployment.healthy("node-cpu", REEL_NODE_ID="a"), 30, "the lost node's check to fail")

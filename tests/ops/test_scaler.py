@@ -1,5 +1,6 @@
 """`reel scaler` against a real Redis: what it reads, what it remembers, who leads."""
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -8,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from infra.errors import CliError
+from infra.prometheus import exporter
+from infra.scaler.config import ConfigError
 from infra.scaler.main import run
 from infra.scaler.memory import Leadership, RedisMemory, from_json
 from infra.scaler.observe import QueueSource, expected_seconds
@@ -81,6 +85,19 @@ def test_dry_run_says_why_and_writes_nothing(settings: Settings, tmp_path: Path)
     assert "  (4 waiting + 0 running) x 1.5 s (assumed) / 3 s -> 2 nodes" in said
     assert "  would order 2" in said
     assert sorted(client.execute_command("KEYS", "*")) == keys
+
+
+def test_a_taken_metrics_port_is_named(settings: Settings, tmp_path: Path) -> None:
+    """By the scaler and by the exporter, before either does anything."""
+    (tmp_path / "s.toml").write_text(POOL)
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"--metrics-port: got {port} .*in use"):
+            run(settings, tmp_path / "s.toml", metrics_port=port)
+        with pytest.raises(CliError, match=f"--port: got {port} .*in use"):
+            exporter.run(settings, port)
 
 
 def test_one_pass_orders_and_remembers_over_a_restart(settings: Settings, tmp_path: Path) -> None:
