@@ -47,7 +47,7 @@ Quality = Annotated[
 Weights = Annotated[
     WeightForm | None,
     typer.Option(
-        help="8bit: hold 8-bit weights alone, in half the memory, and serve 8-bit presets only. "
+        help="8bit: hold 8-bit weights alone, in less memory, and serve 8-bit presets only. "
         "Else full; a node also reads REEL_WEIGHTS."
     ),
 ]

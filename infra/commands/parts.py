@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from infra.commands import fields
+from infra.errors import CliError
 
 
 class CeleryRole(StrEnum):
@@ -38,6 +39,12 @@ def node(
     settings = get_settings()
     if weights is not None:
         settings = settings.model_copy(update={"weights": weights.value})
+    if settings.weights == "8bit" and name is None:
+        # Any node of a model's name claims its jobs: this one would take lossless ones and fail them.
+        raise CliError(
+            "a node that holds 8-bit weights alone (--weights, REEL_WEIGHTS) needs a --name of its own, "
+            f"such as --name {model.name}-8bit: jobs for one name go to any node of that name"
+        )
     raise typer.Exit(run_node(settings, given_model(model), name))
 
 

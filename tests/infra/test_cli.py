@@ -196,7 +196,8 @@ def test_make_tiny_refuses_a_folder_with_something_in_it(
 
 @pytest.mark.parametrize(
     ("flags", "environment", "weights"),
-    [([], {}, "full"), ([], {"REEL_WEIGHTS": "8bit"}, "8bit"), (["--weights", "8bit"], {}, "8bit"),
+    [([], {}, "full"), (["--name", "own"], {"REEL_WEIGHTS": "8bit"}, "8bit"),
+     (["--weights", "8bit", "--name", "own"], {}, "8bit"),
      (["--weights", "full"], {"REEL_WEIGHTS": "8bit"}, "full")],
 )  # fmt: skip
 def test_a_node_is_told_which_weights_to_hold(
@@ -227,6 +228,25 @@ def test_a_node_is_told_which_weights_to_hold(
     )  # fmt: skip
     build(plan, 0, tmp_path / "meeting")
     assert loaded == [weights]
+
+
+@pytest.mark.parametrize(("flags", "setting"), [(["--weights", "8bit"], "full"), ([], "8bit")])
+def test_a_node_of_8_bit_weights_has_a_name_of_its_own(
+    flags: list[str],
+    setting: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Under the model's own it would claim lossless jobs, and fail each of them."""
+    monkeypatch.setattr("worker.serve.run_node", lambda *_: pytest.fail("it started"))
+    monkeypatch.setenv("REEL_WEIGHTS", setting)
+    get_settings.cache_clear()
+    try:
+        assert invoke(["node", "--model", str(tmp_path), *flags]) == 1
+    finally:
+        get_settings.cache_clear()
+    assert f"--name {tmp_path.name}-8bit" in capsys.readouterr().err
 
 
 def test_weights_are_full_or_8bit(capsys: pytest.CaptureFixture[str]) -> None:
