@@ -7,6 +7,7 @@ the same inputs: a setting whose result is wrong is no candidate.
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,21 +98,21 @@ def norm_passes(rows: int = 9450) -> Iterable[Pass]:
         entries = [{"rows": r, "warps": w} for r, w in NORM_SETTINGS]
         yield Pass(
             "norm_modulate", f"{dim}", entries,
-            lambda args=args: norm.add_normalize(*args),  # type: ignore[misc]
-            lambda args=args: plain_norm.add_normalize(*args),  # type: ignore[misc]
+            partial(norm.add_normalize, *args),
+            partial(plain_norm.add_normalize, *args),
         )  # fmt: skip
         qkv, weight, angle = randn(1, rows, 3 * dim).bfloat16(), randn(dim), randn(rows, 64)
         turned = (qkv, weight, weight, (angle.cos(), angle.sin()), SendLayout.of(heads, 8), 1e-6)
         entries = [{"rows": r, "warps": w} for r, w in QK_SETTINGS]
         yield Pass(
             "qk_norm_rope", f"{dim}", entries,
-            lambda args=turned: qk.qk_norm_rope(*args),  # type: ignore[misc]
-            lambda args=turned: plain_qk.qk_norm_rope(*args),  # type: ignore[misc]
+            partial(qk.qk_norm_rope, *turned),
+            partial(plain_qk.qk_norm_rope, *turned),
         )  # fmt: skip
         yield Pass(
             "rms_norm", f"{dim}", entries,
-            lambda y=y, w=weight: qk.rms_norm(y, w, 1e-6),  # type: ignore[misc]
-            lambda y=y, w=weight: plain_qk.rms_norm(y, w, 1e-6),  # type: ignore[misc]
+            partial(qk.rms_norm, y, weight, 1e-6),
+            partial(plain_qk.rms_norm, y, weight, 1e-6),
         )  # fmt: skip
 
 
@@ -144,8 +145,8 @@ def vae_passes(small: bool = False) -> Iterable[Pass]:
         phases = phases.contiguous(memory_format=torch.channels_last)
         yield Pass(
             "vae_upsample", f"{channels}", entries,
-            lambda phases=phases, bias=rest[1]: upsample.interleave(phases, bias),  # type: ignore[misc]
-            lambda phases=phases, bias=rest[1]: plain_upsample.interleave(phases, bias),  # type: ignore[misc]
+            partial(upsample.interleave, phases, rest[1]),
+            partial(plain_upsample.interleave, phases, rest[1]),
         )  # fmt: skip
 
 

@@ -101,22 +101,39 @@ def calibrate(trial: Trial, only: str = "") -> Parts:
     return told
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Walk the ladders and print what was found."""
+def arguments(description: str, count: int, out: str) -> argparse.ArgumentParser:
+    """The flags of every command that compares clips with the lossless ones of a `Trial`."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=MODEL_DIR)
-    parser.add_argument("--count", type=int, default=16, help="captions of training's kind")
-    parser.add_argument("--only", choices=[EIGHT_BIT, FOUR_BIT], default="", help="8bit: and 8bit-cache")
+    parser.add_argument("--count", type=int, default=count, help="captions of training's kind")
     parser.add_argument("--frame-num", type=int, default=17)
     parser.add_argument("--side", type=int, default=128)
+    parser.add_argument("--out", type=Path, default=Path(out))
+    return parser
+
+
+def device_flag(parser: argparse.ArgumentParser) -> None:
+    """For commands that run on a GPU too."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("out/calibrated.json"))
-    args = parser.parse_args(argv)
+
+
+def trial_of(args: argparse.Namespace, device: str) -> Trial:
+    """The captions that the flags ask for, with their lossless clips."""
     threads = torch.get_num_threads()
-    setting = Setting(args.model, None, (), "", args.frame_num, args.side, threads, args.device)
-    told = calibrate(Trial(Maker(setting), args.count), args.only)
+    return Trial(
+        Maker(Setting(args.model, None, (), "", args.frame_num, args.side, threads, device)), args.count
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Walk the ladders and print what was found."""
+    parser = arguments(__doc__ or "", 16, "out/calibrated.json")
+    parser.add_argument("--only", choices=[EIGHT_BIT, FOUR_BIT], default="", help="8bit: and 8bit-cache")
+    device_flag(parser)
+    args = parser.parse_args(argv)
+    told = calibrate(trial_of(args, args.device), args.only)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(told) + "\n")
     print(json.dumps({"presets": told}, indent=2))

@@ -8,20 +8,15 @@ T2V-A14B at 1280x720 x 81 frames, where self-attention with its projections is m
 model it is little, so its seconds would say nothing. Prints a table; rows appear as they are made.
 """
 
-import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from benchmarks.calibrate import Parts, Trial
-from benchmarks.presets import Maker, Setting
+from benchmarks.calibrate import Parts, Trial, arguments, device_flag, trial_of
 from engine.config import DiTConfig, Work
 from engine.presets import CACHED
-from models.demo.train.common import MODEL_DIR
 
 A14B = DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 TOKENS = 75_600  # of 1280x720 x 81 frames
@@ -85,19 +80,10 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Make, compare, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, default=MODEL_DIR)
-    parser.add_argument("--count", type=int, default=8, help="captions of training's kind")
-    parser.add_argument("--frame-num", type=int, default=17)
-    parser.add_argument("--side", type=int, default=128)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("out/reuse.json"))
+    parser = arguments(__doc__ or "", 8, "out/reuse.json")
+    device_flag(parser)
     args = parser.parse_args(argv)
-    threads = torch.get_num_threads()
-    setting = Setting(args.model, None, (), "", args.frame_num, args.side, threads, args.device)
-    trial = Trial(Maker(setting), args.count)
+    trial = trial_of(args, args.device)
     share, found = attention_share(A14B, TOKENS), {}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for name, parts in SETTINGS.items():

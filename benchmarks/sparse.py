@@ -16,11 +16,9 @@ would be no proof for them.
 Shapes: B batch, L tokens, H heads, K head dimension, T tiles.
 """
 
-import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,12 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks._similarity import psnr_db
-from benchmarks.calibrate import Trial
-from benchmarks.presets import FLOOR_DB, Maker, Setting
+from benchmarks.calibrate import Trial, arguments, trial_of
+from benchmarks.presets import FLOOR_DB
 from benchmarks.reuse import A14B, TOKENS
 from engine.attention import WholeSequence, sdpa
 from engine.presets import CACHED, LOSSLESS
-from models.demo.train.common import MODEL_DIR
 
 Grid = tuple[int, int, int]  # frames, rows, columns
 TILE: Grid = (1, 4, 4)
@@ -154,20 +151,12 @@ def row(trial: Trial, tiles: Tiles, choose: Choose, first_steps: int, first_bloc
 
 def main(argv: list[str] | None = None) -> None:
     """Make, compare, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, default=MODEL_DIR)
-    parser.add_argument("--count", type=int, default=6, help="captions of training's kind")
-    parser.add_argument("--frame-num", type=int, default=17)
-    parser.add_argument("--side", type=int, default=128)
+    parser = arguments(__doc__ or "", 6, "out/sparse.json")
     parser.add_argument("--first-steps", type=int, default=4, help="dense")
     parser.add_argument("--first-blocks", type=int, default=1, help="dense")
     parser.add_argument("--densities", default="0.75,0.5,0.25")
-    parser.add_argument("--out", type=Path, default=Path("out/sparse.json"))
     args = parser.parse_args(argv)
-    setting = Setting(args.model, None, (), "", args.frame_num, args.side, torch.get_num_threads(), "cpu")
-    trial = Trial(Maker(setting), args.count)
+    trial = trial_of(args, "cpu")
     spec = trial.maker.pipelines[LOSSLESS].spec
     patch, stride = spec.dit.patch_size, spec.vae.stride
     side = args.side // stride[1] // patch[1]

@@ -19,7 +19,7 @@ from engine.lora_files import LoraFolder
 from engine.memory import RUNGS, Rung
 from engine.parallel.mesh import Mesh
 from engine.pipeline import Pipeline
-from engine.presets import Machine, held_blocks, offers
+from engine.presets import ALONE, Machine, held_blocks, offers
 from engine.specs import Facts, find_facts, make_spec
 from engine.vae import VAE
 from engine.weights import Shape
@@ -96,7 +96,7 @@ def load_pipeline(
     if weights == "full":
         pipeline.loras = Loras(lora_folder, high, low, mesh)
     else:
-        pipeline.no_loras = "this node holds 8-bit weights alone (--weights 8bit), which none is merged into"
+        pipeline.no_loras = f"{ALONE}, which none is merged into"
     return pipeline
 
 

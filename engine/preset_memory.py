@@ -69,5 +69,4 @@ def matrix_values(config: DiTConfig) -> int:
 
 def held_block_bytes(block: int, config: DiTConfig, dtype: torch.dtype) -> int:
     """Of a block of `block` bytes, what is left where its matrices are in 8 bits alone; scales included."""
-    scales = 4 * (7 * config.dim + config.ffn_dim)
-    return block - matrix_values(config) * (dtype.itemsize - 1) + scales
+    return block - matrix_values(config) * dtype.itemsize + kept_bytes(replace(config, num_layers=1))

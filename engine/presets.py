@@ -101,6 +101,7 @@ PARTS: Mapping[str, Mapping[str, type]] = {
     DRAFT: {"few": FewSteps},
 }
 HELD = (EIGHT_BIT, CACHED)  # what a node that holds 8-bit weights alone may serve
+ALONE = "this node holds 8-bit weights alone (--weights 8bit)"
 ONLY_LOSSLESS = (Preset(LOSSLESS, SUMMARIES[LOSSLESS]),)
 
 
@@ -195,7 +196,7 @@ def _reason(preset: Preset, told: Mapping[str, Any], machine: Machine) -> str:
     if preset.name in machine.forbidden:
         return "forbidden by the operator"
     if machine.only_eight and preset.name not in HELD:
-        return "this node holds 8-bit weights alone (--weights 8bit)"
+        return ALONE
     if preset.name == LOSSLESS:
         return ""
     if preset.name not in told:
@@ -205,10 +206,7 @@ def _reason(preset: Preset, told: Mapping[str, Any], machine: Machine) -> str:
         need, have = ("{}.{}".format(*each) for each in (parts.capability, machine.cuda))
         return f"needs a GPU of compute capability {need} or more{parts.family}; this one has {have}"
     if machine.only_eight and preset.eight_bit and preset.eight_bit.first_steps:
-        return (
-            f"its first {preset.eight_bit.first_steps} steps are lossless, and this node holds 8-bit weights "
-            "alone (--weights 8bit)"
-        )
+        return f"its first {preset.eight_bit.first_steps} steps are lossless, and {ALONE}"
     if preset.few is not None:
         names = [str(lora.get("name")) for lora in preset.few.loras]
         missing = [name for name in names if name not in machine.loras]
