@@ -17,21 +17,18 @@ makes steps and videos by a preset. `--device cpu` rehearses everything on tiny 
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.run import main as torchrun
 
 from benchmarks import _node_parts as parts
 from benchmarks._book import Book
-from engine.parallel.symmetric import keep_multicast_off
+from benchmarks._ranks import join_ranks, start_ranks, started
 from engine.presets import LOSSLESS
 from engine.specs import parse_size
 from engine.warmup import warm_up
@@ -43,13 +40,7 @@ class Run:
     def __init__(self, arguments: argparse.Namespace, book: Book) -> None:
         self.arguments, self.book = arguments, book
         tiny = arguments.device == "cpu"
-        self.device = torch.device(arguments.device)
-        if not tiny:
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(self.device)
-        keep_multicast_off()
-        timeout = timedelta(seconds=parts.TIMEOUT_SECONDS)
-        dist.init_process_group("gloo" if tiny else "nccl", timeout=timeout)
+        self.device = join_ranks(arguments.device, parts.TIMEOUT_SECONDS)
         world = dist.get_world_size()
         self.layouts: list[str] = arguments.layouts or default_layouts(world)
         began = time.perf_counter()
@@ -199,13 +190,9 @@ def main(given: list[str] | None = None) -> None:
     arguments = parser.parse_args(given)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("benchmarks.node needs CUDA GPUs, torch sees none; --device cpu rehearses on a CPU")
-    if "RANK" not in os.environ:
-        os.environ["BENCH_STARTED"] = str(time.time())
-        words = sys.argv[1:] if given is None else given
-        torchrun(["--standalone", f"--nproc-per-node={arguments.gpus}", "-m", "benchmarks.node", *words])
+    if start_ranks("benchmarks.node", arguments.gpus, sys.argv[1:] if given is None else given):
         return
-    started = float(os.environ.get("BENCH_STARTED", time.time()))
-    Run(arguments, Book(arguments.json, arguments.resume, arguments.budget, started)).all()
+    Run(arguments, Book(arguments.json, arguments.resume, arguments.budget, started())).all()
 
 
 if __name__ == "__main__":

@@ -12,25 +12,21 @@ which ran into its time limit can be continued. `--device cpu` rehearses everyth
 import argparse
 import json
 import math
-import os
 import sys
-import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.run import main as torchrun
 
 from benchmarks import _parts, _timeline
 from benchmarks._book import Book
 from benchmarks._eight import Measured, report
 from benchmarks._layouts import TIMEOUT_SECONDS, TOKENS, Bench, Contestant, contestants
+from benchmarks._ranks import join_ranks, start_ranks, started
 from benchmarks._together import shared, together
 from benchmarks._verify import WrongResult, relative_error
-from engine.parallel.symmetric import keep_multicast_off
 
 CHECK_BLOCKS = 2
 
@@ -67,14 +63,7 @@ def check(bench: Bench, rows: list[Contestant]) -> list[str]:
 
 def run(arguments: argparse.Namespace, book: Book) -> None:
     """All parts, on this rank."""
-    device = torch.device(arguments.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    keep_multicast_off()
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=TIMEOUT_SECONDS)
-    )
+    device = join_ranks(arguments.device, TIMEOUT_SECONDS)
     model, size = (arguments.model, arguments.size) if device.type == "cuda" else ("tiny", "720p")
     bench = Bench(model, size, arguments.blocks if device.type == "cuda" else 4, device)
     rows = [one for one in contestants(bench.world) if not arguments.only or any(
@@ -213,14 +202,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("benchmarks.parallel needs CUDA GPUs, torch sees none; --device cpu rehearses on a CPU")
-    if "RANK" not in os.environ:
-        os.environ["BENCH_STARTED"] = str(time.time())
-        torchrun(
-            ["--standalone", f"--nproc-per-node={arguments.gpus}", "-m", "benchmarks.parallel", *sys.argv[1:]]
-        )
+    if start_ranks("benchmarks.parallel", arguments.gpus, sys.argv[1:]):
         return
-    started = float(os.environ.get("BENCH_STARTED", time.time()))
-    run(arguments, Book(arguments.json, arguments.resume, arguments.budget, started))
+    run(arguments, Book(arguments.json, arguments.resume, arguments.budget, started()))
 
 
 if __name__ == "__main__":
