@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -19,6 +20,14 @@ SELF_ATTENTION: list[Choice] = [
     ("flash4", {}),
     ("cudnn", {}),
     ("flash2", {}),
+]
+EIGHT_TILES = [
+    (128, 128, 8, 3),
+    (128, 128, 8, 2),
+    (64, 128, 4, 3),
+    (64, 128, 4, 2),
+    (128, 64, 8, 4),
+    (64, 64, 4, 4),
 ]
 CROSS_ATTENTION: list[Choice] = [("cudnn", {}), ("flash4", {}), ("flash2", {})]
 
@@ -51,6 +60,28 @@ def tune_attention(quick: bool) -> dict[str, Any]:
             "others": {f"{t['backend']} {t['options'] or ''}".strip(): t["ms"] for t in timed}
         }
     return entries
+
+
+def tune_tile_8bit(quick: bool) -> dict[str, Any]:
+    """Our 8-bit attention's fastest right tile at head dimension 128, on an 8-GPU share of 720p."""
+    from kernels.attention_8bit.triton import Tile, attention
+
+    q, k, v = randn(3, 1, 9450 if quick else 75600, 5, 128).bfloat16().unbind(0)
+    rows = torch.linspace(0, q.shape[1] - 1, 64, device=q.device).long()
+    want = exact.attention(q[:, rows], k, v)
+    timed: list[tuple[float, Tile]] = []
+    for m, n, warps, stages in EIGHT_TILES:
+        tile = Tile(m, n, warps, stages)
+        error = float((attention(q, k, v, tile)[:, rows].double() - want).norm() / want.norm())
+        if not error < eight.TOLERANCE:
+            print(f"wrong result: 8-bit attention {tile}: relative error {error:.3g}", file=sys.stderr)
+            continue
+        timed.append((burst(lambda tile=tile: attention(q, k, v, tile), 200, 400), tile))  # type: ignore[misc]
+        print(
+            f"8-bit attention {tile}: {timed[-1][0]:.3f} ms, error {error:.4f}", file=sys.stderr, flush=True
+        )
+    best_ms, best = min(timed, key=lambda pair: pair[0])
+    return {"128": asdict(best) | {"ms": round(best_ms, 4)}}
 
 
 def tune_attention_8bit(quick: bool) -> dict[str, Any]:

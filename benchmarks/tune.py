@@ -23,7 +23,13 @@ import torch
 from torch import Tensor
 
 from benchmarks._measure import burst
-from benchmarks._tune_attention import randn, tune_attention, tune_attention_8bit, tune_wide_attention
+from benchmarks._tune_attention import (
+    randn,
+    tune_attention,
+    tune_attention_8bit,
+    tune_tile_8bit,
+    tune_wide_attention,
+)
 from benchmarks._tune_passes import fastest, force, norm_passes, vae_passes
 from kernels import gemm, tables
 from kernels.attention_8bit.choice import TABLE
@@ -149,6 +155,8 @@ def main() -> None:
             ops["wide_attention"] = tune_wide_attention()
         if "attention" in wanted:
             ops.setdefault("attention", {}).update(tune_attention(arguments.quick))
+            ops["attention_8bit"] = tune_tile_8bit(arguments.quick)
+            force("attention_8bit", "128", ops["attention_8bit"]["128"])  # the rivals meet it at its best
             ops.setdefault(TABLE, {}).update(tune_attention_8bit(arguments.quick))
     table = {
         "device": device,

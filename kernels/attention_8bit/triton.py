@@ -7,6 +7,7 @@ cores keep few bits of what they add up, so each block's P V is a product of its
 output in registers. v lies with its tokens innermost, as those tensor cores want their second operand.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from kernels.attention_8bit.reference import (
     E4M3,
+    LARGEST,
     LOG2E,
     Blocks,
     Channels,
@@ -80,43 +82,65 @@ def _channels_kernel(
     tl.store(out_ptr + out, tl.trans(v).to(tl.float8e4nv), mask=(row < padded)[None, :])
 
 
+@triton.jit
+def _over_block(
+    q, highest, total, acc, k_ptr, k_scale_ptr, v_ptr, first_key, tokens, padded, of_query, shift,
+    BN: tl.constexpr, K: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over one block of keys; `shift` raises P to e4m3's range within the exponent."""
+    col, now_key = tl.arange(0, K), first_key + tl.arange(0, BN)
+    k_at = now_key.to(tl.int64)[:, None] * K + col[None, :]
+    v_at = col.to(tl.int64)[None, :] * padded + now_key[:, None]  # [BN, K], its tokens innermost
+    if TAIL:
+        k = tl.load(k_ptr + k_at, mask=(now_key < tokens)[:, None], other=0)
+        v = tl.load(v_ptr + v_at, mask=(now_key < padded)[:, None], other=0.0)
+    else:
+        k, v = tl.load(k_ptr + k_at), tl.load(v_ptr + v_at)
+    scores = tl.dot(q, tl.trans(k)).to(tl.float32)
+    if TAIL:
+        scores = tl.where((now_key < tokens)[None, :], scores, float("-inf"))
+    scale = of_query * tl.load(k_scale_ptr + first_key // BN)
+    # A row's largest product is its largest score, as scales are positive: one product a row, not a score.
+    now = tl.maximum(highest, tl.max(scores, axis=1) * scale)
+    p = tl.exp2(scores * scale - (now - shift)[:, None])
+    fade = tl.exp2(highest - now)
+    total = total * fade + tl.sum(p, axis=1)
+    product = tl.dot(p.to(tl.float8e4nv), v, max_num_imprecise_acc=BN)
+    return now, total, acc * fade[:, None] + product
+
+
 @triton.jit(do_not_specialize=["queries", "tokens"])
 def _attention_kernel(
     q_ptr, q_scale_ptr, k_ptr, k_scale_ptr, v_ptr, v_scale_ptr, out_ptr,
-    queries, tokens, padded, heads, softmax_scale,
+    queries, tokens, padded, heads, softmax_scale, shift,
     BM: tl.constexpr, BN: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     place = (batch * heads + head).to(tl.int64)
     row = block * BM + tl.arange(0, BM)
     col = tl.arange(0, K)
-    key = tl.arange(0, BN)
     q_at = (place * queries + row)[:, None] * K + col[None, :]
     q = tl.load(q_ptr + q_at, mask=(row < queries)[:, None], other=0)
     of_query = tl.load(q_scale_ptr + place * tl.num_programs(0) + block) * softmax_scale
-    k_blocks = tl.cdiv(tokens, BN)
+    k_ptr += place * tokens * K
+    k_scale_ptr += place * tl.cdiv(tokens, BN)
+    v_ptr += place * K * padded
     highest = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, K), tl.float32)
-    for index in range(k_blocks):
-        now_key = index * BN + key
-        k_at = (place * tokens + now_key)[:, None] * K + col[None, :]
-        k = tl.load(k_ptr + k_at, mask=(now_key < tokens)[:, None], other=0)
-        scores = tl.dot(q, tl.trans(k)).to(tl.float32)
-        scores *= of_query * tl.load(k_scale_ptr + place * k_blocks + index)
-        scores = tl.where((now_key < tokens)[None, :], scores, float("-inf"))
-        now = tl.maximum(highest, tl.max(scores, axis=1))
-        p = tl.exp2(scores - now[:, None])
-        fade = tl.exp2(highest - now)
-        total = total * fade + tl.sum(p, axis=1)
-        # [BN, K] of a matrix whose tokens are innermost.
-        v_at = (place * K + col)[None, :] * padded + now_key[:, None]
-        v = tl.load(v_ptr + v_at, mask=(now_key < padded)[:, None], other=0.0)
-        product = tl.dot((p * 448.0).to(tl.float8e4nv), v, max_num_imprecise_acc=BN)
-        acc = acc * fade[:, None] + product
-        highest = now
+    whole = tokens // BN * BN
+    for first in range(0, whole, BN):
+        highest, total, acc = _over_block(
+            q, highest, total, acc, k_ptr, k_scale_ptr, v_ptr, first, tokens, padded, of_query, shift,
+            BN, K, False,
+        )  # fmt: skip
+    if whole < tokens:
+        highest, total, acc = _over_block(
+            q, highest, total, acc, k_ptr, k_scale_ptr, v_ptr, whole, tokens, padded, of_query, shift,
+            BN, K, True,
+        )  # fmt: skip
     of_channel = tl.load(v_scale_ptr + place * K + col)
-    out = acc / (total * 448.0)[:, None] * of_channel[None, :]
+    out = acc / total[:, None] * of_channel[None, :]
     # [B, L, H, K]
     out_at = ((batch.to(tl.int64) * queries + row) * heads + head)[:, None] * K + col[None, :]
     tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=(row < queries)[:, None])
@@ -153,6 +177,11 @@ def quantize_channels(v_BTHK: Tensor) -> Channels:
     return Channels(data, scale)
 
 
+def tuned_tile(width: int, device: torch.device) -> Tile:
+    """What the device's table names for this head dimension, else the default."""
+    return Tile(**{k: v for k, v in setting("attention_8bit", f"{width}", device, {}).items() if k != "ms"})
+
+
 def attention(q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, tile: Tile | None = None) -> Tensor:
     """softmax(q k^T / sqrt(K)) v in q's dtype, [B, L, H, K]."""
     if not fits(q_BLHK, k_BTHK, v_BTHK):
@@ -160,14 +189,14 @@ def attention(q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, tile: Tile | None 
     batch, queries, heads, width = q_BLHK.shape
     tokens = k_BTHK.shape[1]
     if tile is None:
-        tile = Tile(**setting("attention_8bit", f"{width}", q_BLHK.device, {}))
+        tile = tuned_tile(width, q_BLHK.device)
     q = quantize_blocks(q_BLHK, None, tile.m)
     k = quantize_blocks(k_BTHK, mean_over_tokens(k_BTHK), tile.n)
     v = quantize_channels(v_BTHK)
     out = torch.empty((batch, queries, heads, width), dtype=q_BLHK.dtype, device=q_BLHK.device)
     _attention_kernel[(triton.cdiv(queries, tile.m), heads, batch)](
         q.data, q.scale, k.data, k.scale, v.data, v.scale, out,
-        queries, tokens, v.data.shape[-1], heads, LOG2E * width**-0.5,
+        queries, tokens, v.data.shape[-1], heads, LOG2E * width**-0.5, math.log2(LARGEST),
         BM=tile.m, BN=tile.n, K=width, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out

@@ -34,7 +34,7 @@ def build(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], warp
     signature = {
         name: "constexpr" if name in constants
         else pointers.get(name, "*fp32") if name.endswith("_ptr")
-        else "fp32" if name in ("eps", "softmax_scale")
+        else "fp32" if name in ("eps", "softmax_scale", "shift")
         else "i32"
         for name in kernel.arg_names
     }  # fmt: skip
