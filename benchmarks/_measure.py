@@ -44,10 +44,11 @@ class Sampler:
     powers: list[float] = field(default_factory=list)
 
     def __enter__(self) -> "Sampler":
-        index = torch.cuda.current_device()
+        # By its own number: where CUDA sees some of the GPUs, its indices are not nvidia-smi's.
+        card = f"GPU-{torch.cuda.get_device_properties().uuid}"
         query = ["--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits", "-lms", "100"]
         self._process = subprocess.Popen(
-            ["nvidia-smi", "-i", str(index), *query], stdout=subprocess.PIPE, text=True
+            ["nvidia-smi", "-i", card, *query], stdout=subprocess.PIPE, text=True
         )
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()

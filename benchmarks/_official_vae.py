@@ -65,7 +65,8 @@ def attention(block: AttentionBlock, x_BCTHW: Tensor) -> Tensor:
     """One head over each frame's pixels."""
     b, c, t, h, w = x_BCTHW.shape
     x = x_BCTHW.permute(0, 2, 1, 3, 4).reshape(b * t, c, h, w)
-    qkv = block.to_qkv(norm(block.norm, x)).reshape(b * t, 1, 3 * c, -1).permute(0, 1, 3, 2).contiguous()
+    qkv = block.to_qkv(norm(block.norm, x)).reshape(b * t, 1, 3 * c, -1).permute(0, 1, 3, 2)
+    qkv = qkv.clone(memory_format=torch.contiguous_format)  # of one pixel, contiguous() keeps odd strides
     q, k, v = qkv.chunk(3, dim=-1)
     y = F.scaled_dot_product_attention(q, k, v).squeeze(1).permute(0, 2, 1).reshape(b * t, c, h, w)
     y = block.proj(y)

@@ -3,8 +3,8 @@
     python -m benchmarks.calibrate [--model models/demo] [--count 16] [--only 4bit] [--out FILE]
 
 On captions of training's kind, none of which the presets' table is measured on, each ladder is walked from
-the boldest setting down; the first whose mean PSNR to the lossless clips keeps the floor with `MARGIN_DB` to
-spare is taken. `8bit-cache` is calibrated on top of what `8bit` got. Prints the `presets` object for the
+the boldest setting down; the first that keeps both floors is taken: mean PSNR to the lossless clips with
+`MARGIN_DB` to spare, and clips that the judge reads right, within `FLOOR_POINTS` of the lossless ones. `8bit-cache` is calibrated on top of what `8bit` got. Prints the `presets` object for the
 model's reel.json; a preset that no rung can keep is left out, and so is never offered.
 """
 
@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from benchmarks._similarity import psnr_db
-from benchmarks.presets import FLOOR_DB, Maker, Setting
+from benchmarks.presets import FLOOR_DB, FLOOR_POINTS, Maker, Setting
 from engine.config import Work
 from engine.presets import CACHED, EIGHT_BIT, FOUR_BIT, LOSSLESS
 from models.demo.train.captions import describe
 from models.demo.train.common import MODEL_DIR
+from models.demo.train.judge import judge
 from models.demo.train.world import sample_scenes
 
 MARGIN_DB = 1.0
@@ -60,32 +61,49 @@ class Trial:
         rng = random.Random(SEED)
         scenes = sample_scenes(count, SEED, "train")
         self.prompts = [(SEED + i, describe(scene, rng).text) for i, scene in enumerate(scenes)]
+        self.scenes = scenes
         self.targets: list[Tensor] = [maker.clip(LOSSLESS, prompt, seed)[0] for seed, prompt in self.prompts]
+        self.lossless_right = self.read_right(self.targets)
 
-    def clips(self, name: str, told: Parts) -> list[tuple[float, Work]]:
-        """Each caption's (PSNR under these settings, what was done)."""
+    def read_right(self, clips: list[Tensor]) -> int:
+        """How many clips the judge reads as their captions say; 0 where there is no judge."""
+        if self.maker.judge is None:
+            return 0
+        pairs = zip(clips, self.scenes, strict=True)
+        return sum(judge(self.maker.judge, clip[None], [scene])["all"][0] for clip, scene in pairs)
+
+    def clips(self, name: str, told: Parts) -> list[tuple[Tensor, float, Work]]:
+        """Each caption's (clip, PSNR under these settings, what was done)."""
         self.maker.offer(told)
         found = []
         for (seed, prompt), target in zip(self.prompts, self.targets, strict=True):
             clip, work, _ = self.maker.clip(name, prompt, seed)
-            found.append((psnr_db(clip, target), work))
+            found.append((clip, psnr_db(clip, target), work))
         return found
 
-    def decibels(self, name: str, told: Parts) -> tuple[float, float]:
-        """(mean PSNR under these settings, share of steps whose blocks ran)."""
+    def losses(self, name: str, told: Parts) -> tuple[float, float, float]:
+        """(mean PSNR under these settings, points of clips read right that are lost, share of steps run)."""
         clips = self.clips(name, told)
-        computed = sum(work.steps_computed for _, work in clips)
-        steps = computed + sum(work.steps_reused for _, work in clips)
-        return float(np.mean([decibels for decibels, _ in clips])), computed / steps
+        computed = sum(work.steps_computed for *_, work in clips)
+        steps = computed + sum(work.steps_reused for *_, work in clips)
+        right = self.read_right([clip for clip, *_ in clips])
+        points = 100 * (self.lossless_right - right) / len(clips)
+        return float(np.mean([decibels for _, decibels, _ in clips])), points, computed / steps
 
     def first(self, name: str, rungs: list[Parts]) -> Parts | None:
-        """The first of the settings that keeps the floor with the margin."""
+        """The first of the settings that keeps the floors."""
         for rung in rungs:
-            decibels, computed = self.decibels(name, {name: rung})
-            print(f"{name} {json.dumps(rung)}: {decibels:.2f} dB, {computed:.0%} of the steps", flush=True)
-            if decibels >= FLOOR_DB[name] + MARGIN_DB:
+            decibels, points, computed = self.losses(name, {name: rung})
+            print(
+                f"{name} {json.dumps(rung)}: {decibels:.2f} dB, {points:.1f} points fewer read right, "
+                f"{computed:.0%} of the steps", flush=True,
+            )  # fmt: skip
+            if decibels >= FLOOR_DB[name] + MARGIN_DB and points <= FLOOR_POINTS:
                 return rung
-        print(f"{name}: no setting keeps {FLOOR_DB[name] + MARGIN_DB} dB", flush=True)
+        print(
+            f"{name}: no setting keeps {FLOOR_DB[name] + MARGIN_DB} dB and loses at most {FLOOR_POINTS} "
+            "points", flush=True,
+        )  # fmt: skip
         return None
 
 
@@ -107,6 +125,7 @@ def arguments(description: str, count: int, out: str) -> argparse.ArgumentParser
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=MODEL_DIR)
+    parser.add_argument("--judge", type=Path, default=MODEL_DIR, help="folder with classifier.safetensors")
     parser.add_argument("--count", type=int, default=count, help="captions of training's kind")
     parser.add_argument("--frame-num", type=int, default=17)
     parser.add_argument("--side", type=int, default=128)
@@ -122,9 +141,8 @@ def device_flag(parser: argparse.ArgumentParser) -> None:
 def trial_of(args: argparse.Namespace, device: str) -> Trial:
     """The captions that the flags ask for, with their lossless clips."""
     threads = torch.get_num_threads()
-    return Trial(
-        Maker(Setting(args.model, None, (), "", args.frame_num, args.side, threads, device)), args.count
-    )
+    setting = Setting(args.model, args.judge, (), "", args.frame_num, args.side, threads, device)
+    return Trial(Maker(setting), args.count)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -56,14 +56,14 @@ def row(trial: Trial, parts: Parts, share: float) -> dict[str, Any]:
     """One setting's line."""
     blocks = trial.maker.pipelines["lossless"].spec.dit.num_layers
     clips = trial.clips(CACHED, {CACHED: {"keep_blocks": list(range(blocks)), **parts}})
-    decibels, works = [d for d, _ in clips], [work for _, work in clips]
+    decibels, works = [d for _, d, _ in clips], [work for *_, work in clips]
     return {
         "psnr_db": round(float(np.mean(decibels)), 2),
         "psnr_db_worst": round(min(decibels), 2),
         "steps reused": sum(work.steps_reused for work in works) / len(works),
         "attention reused": sum(work.attention_reused for work in works) / len(works),
         "saved": round(saved(works, share), 3),
-        "each": [[round(d, 2), asdict(work)] for d, work in clips],
+        "each": [[round(d, 2), asdict(work)] for _, d, work in clips],
     }
 
 

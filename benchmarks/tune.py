@@ -30,6 +30,7 @@ from benchmarks._tune_attention import (
     tune_tile_8bit,
     tune_wide_attention,
 )
+from benchmarks._tune_convolutions import tune_flat
 from benchmarks._tune_passes import fastest, force, norm_passes, vae_passes
 from kernels import gemm, tables
 from kernels.attention_8bit.choice import TABLE
@@ -153,6 +154,7 @@ def main() -> None:
             ops.setdefault("gemm", {}).update(tune_products(arguments.quick))
         if "vae" in wanted:
             ops["wide_attention"] = tune_wide_attention()
+            ops["vae_flat"] = tune_flat()
         if "attention" in wanted:
             ops.setdefault("attention", {}).update(tune_attention(arguments.quick))
             ops["attention_8bit"] = tune_tile_8bit(arguments.quick)

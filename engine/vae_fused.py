@@ -158,7 +158,9 @@ class FusedDecoder:
         if past is None:
             past = self._empty(space.around([b, c, vae_norm_silu.PAST, h, w], halo), value.x).zero_()
             self.stream.past[layer] = past
-        joined = self._empty(space.around([b, c, t + vae_norm_silu.PAST, h, w], halo), value.x)
+        flat = layer.kernel_size == (3, 3, 3) and vae_norm_silu.flat(c, layer.out_channels, value.x)
+        channels, frames = (3 * c, t) if flat else (c, t + vae_norm_silu.PAST)
+        joined = self._empty(space.around([b, channels, frames, h, w], halo), value.x)
         total = vae_norm_silu.join(
             value.x,
             space.inside(joined, halo),
@@ -171,7 +173,10 @@ class FusedDecoder:
         if keep:
             value.keep(total)
         space.fill_halo(joined, past, halo)
-        return space.convolve(self._unbiased(layer), joined, with_halo=True)
+        if not flat:
+            return space.convolve(self._unbiased(layer), joined, with_halo=True)
+        y = space.convolve(self._flat(layer), joined.transpose(1, 2).flatten(0, 1), with_halo=True)
+        return torch.unflatten(y, 0, (b, t)).transpose(1, 2)
 
     @staticmethod
     def _empty(shape: list[int], like: Tensor) -> Tensor:
@@ -184,6 +189,12 @@ class FusedDecoder:
             weight = F.pad(layer.weight, (0,) * 9 + (missing,)) if missing else layer.weight
             assert not isinstance(layer.padding, str)
             self._bare[layer] = bare(weight, layer.padding)
+        return self._bare[layer]
+
+    def _flat(self, layer: CausalConv3d) -> Convolution:
+        """The layer over three frames side by side as channels."""
+        if layer not in self._bare:
+            self._bare[layer] = bare(layer.weight.transpose(1, 2).flatten(1, 2), (1, 1))
         return self._bare[layer]
 
     def _folded(self, layer: nn.Conv2d) -> Convolution:

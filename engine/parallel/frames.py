@@ -97,14 +97,16 @@ class StripedFrame:
         """The new frames' edges come from the neighbours, the earlier ones' from the past's own halo."""
         if halo == 0:
             return
-        frames = past_BCTHW.shape[2]
-        edges = Edges(self, self.inside(joined_BCTHW[:, :, frames:], halo), halo, halo)
+        channels, frames = past_BCTHW.shape[1:3]
+        spread = torch.split(joined_BCTHW, channels, dim=1)  # one part, or three frames' channels side by side
+        new = spread[-1] if len(spread) > 1 else joined_BCTHW[:, :, frames:]
+        edges = Edges(self, self.inside(new, halo), halo, halo)
         for start, lines in zip((0, past_BCTHW.shape[self.axis] - halo), edges.wait(), strict=True):
-            joined = joined_BCTHW.narrow(self.axis, start, halo)
             past = past_BCTHW.narrow(self.axis, start, halo)
-            joined[:, :, :frames] = past
-            joined[:, :, frames:] = lines
-            past.copy_(joined[:, :, -frames:])
+            whole = torch.cat((past, lines), dim=2)
+            for first, part in enumerate(spread):
+                part.narrow(self.axis, start, halo).copy_(whole[:, :, first : first + part.shape[2]])
+            past.copy_(whole[:, :, -frames:])
 
     def all_agree(self, flag: Tensor) -> Tensor:
         """The least of all ranks' flags."""

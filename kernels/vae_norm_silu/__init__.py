@@ -7,9 +7,10 @@ is accounted for.
 import torch
 from torch import Tensor
 
+from kernels.tables import setting
 from kernels.vae_norm_silu import reference
 
-__all__ = ["PAST", "join", "norm_silu"]
+__all__ = ["PAST", "flat", "join", "norm_silu"]
 
 PAST = 2  # frames that a convolution over three looks back
 
@@ -44,7 +45,9 @@ def join(
 
     With s = x + bias + shortcut (fp32 sums) and y = silu(norm(s)), or y = s where `gamma_C` is None:
     `out` [B, C, T + 2, H, W] becomes `past` [B, C, 2, H, W] followed by y, and `past`, in place, its last
-    two frames (for the next call). Without `past`, `out` has T frames. With `keep` the sum is stored too:
+    two frames (for the next call). An `out` of [B, 3C, T, H, W] gets the same spread: its frame t is frames
+    t, t + 1 and t + 2 side by side as channels, which is what a flat convolution wants that does the work of
+    one over three frames. Without `past`, `out` has T frames. With `keep` the sum is stored too:
     returned is the tensor that holds it, x itself if it lies channels-last and else a copy. All tensors are
     of one dtype; `out` and `past` may be views with any strides but 1 for channels.
     """
@@ -56,3 +59,11 @@ def join(
     if x_BCTHW.is_meta:
         return x_BCTHW
     return reference.join(x_BCTHW, out_BCTHW, *arguments)
+
+
+def flat(channels: int, outputs: int, like: Tensor) -> bool:
+    """Whether a convolution over three frames runs faster as a flat one over three times the channels.
+
+    As the device's table says; where nothing is computed (the meta device), as more memory is taken.
+    """
+    return bool(setting("vae_flat", f"{channels} {outputs}", like.device, {"flat": like.is_meta})["flat"])

@@ -49,11 +49,13 @@ def join(
         total = total + _per_channel(bias_C, total)
     if shortcut_BCTHW is not None:
         total = total + _wide(shortcut_BCTHW)
-    frames = 0 if past_BCTHW is None else past_BCTHW.shape[2]
-    out_BCTHW[:, :, frames:] = total if gamma_C is None else _normed(total, gamma_C, silu)
+    y = (total if gamma_C is None else _normed(total, gamma_C, silu)).to(x_BCTHW.dtype)
     if past_BCTHW is not None:
-        out_BCTHW[:, :, :frames] = past_BCTHW
-        past_BCTHW.copy_(out_BCTHW[:, :, -frames:])
+        y = torch.cat((past_BCTHW, y), dim=2)
+        past_BCTHW.copy_(y[:, :, -past_BCTHW.shape[2] :])
+    channels, frames = x_BCTHW.shape[1:3]
+    for first, part in enumerate(torch.split(out_BCTHW, channels, dim=1)):
+        part.copy_(y if part.shape[2] > frames or past_BCTHW is None else y[:, :, first : first + frames])
     if keep and not (bias_C is None and shortcut_BCTHW is None):
         x_BCTHW.copy_(total)
     return x_BCTHW

@@ -18,6 +18,17 @@ from kernels.tables import setting
 DEFAULT = {"block": 2048, "warps": 4}
 
 
+@triton.jit
+def _put(out_ptr, at, frame, frames, ot, y, valid, C: tl.constexpr, SPREAD: tl.constexpr):
+    """Store joined frame `frame`: at its place, or spread to the three that look at it."""
+    if SPREAD:
+        for slot in tl.static_range(3):
+            if (frame >= slot) & (frame < frames + slot):
+                tl.store(out_ptr + (frame - slot) * ot + slot * C + at, y, mask=valid)
+    else:
+        tl.store(out_ptr + frame * ot + at, y, mask=valid)
+
+
 @triton.jit(do_not_specialize=["pixels", "frames", "height", "width"])
 def _join_kernel(
     x_ptr,
@@ -55,6 +66,7 @@ def _join_kernel(
     NORM: tl.constexpr,
     SILU: tl.constexpr,
     PAST: tl.constexpr,
+    SPREAD: tl.constexpr,
 ):
     pixel = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK_C)
@@ -70,9 +82,8 @@ def _join_kernel(
     if PAST:
         oldest = tl.load(past_ptr + past_at, mask=valid, other=0.0)
         newest = tl.load(past_ptr + past_at + pt, mask=valid, other=0.0)
-        tl.store(out_ptr + out_at, oldest, mask=valid)
-        tl.store(out_ptr + out_at + ot, newest, mask=valid)
-        out_ptr += 2 * ot
+        _put(out_ptr, out_at, 0, frames, ot, oldest, valid, C, SPREAD)
+        _put(out_ptr, out_at, 1, frames, ot, newest, valid, C, SPREAD)
         # Warps may share out loads and stores differently: nobody stores before all have loaded.
         tl.debug_barrier()
         if frames == 1:
@@ -96,14 +107,13 @@ def _join_kernel(
             if SILU:
                 x = x / (1.0 + tl.exp(-x))
         y = x.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + out_at, y, mask=valid)
+        _put(out_ptr, out_at, t + 2 if PAST else t, frames, ot, y, valid, C, SPREAD)
         if PAST:
             if t >= frames - 2:
                 tl.store(past_ptr + past_at, y, mask=valid)
             past_ptr += pt
         x_ptr += xt
         shortcut_ptr += st
-        out_ptr += ot
 
 
 def _strides(x_BCTHW: Tensor) -> tuple[int, int, int, int]:
@@ -150,8 +160,9 @@ def join(
     batch, channels, frames, height, width = x.shape
     past = x if past_BCTHW is None else past_BCTHW
     shortcut = x if shortcut_BCTHW is None else _channels_last(shortcut_BCTHW)
-    before = 0 if past_BCTHW is None else 2
-    _check(out_BCTHW, (batch, channels, frames + before, height, width), x.dtype, "out")
+    spread = past_BCTHW is not None and out_BCTHW.shape[1] == 3 * channels
+    joined = frames if past_BCTHW is None or spread else frames + 2
+    _check(out_BCTHW, (batch, (1 + 2 * spread) * channels, joined, height, width), x.dtype, "out")
     _check(shortcut, tuple(x.shape), x.dtype, "shortcut")
     if past_BCTHW is not None:
         _check(past, (batch, channels, 2, height, width), x.dtype, "past")
@@ -185,6 +196,7 @@ def join(
         NORM=gamma_C is not None,
         SILU=silu,
         PAST=past_BCTHW is not None,
+        SPREAD=spread,
         num_warps=tuned["warps"],
     )
     return x

@@ -28,10 +28,11 @@ def interpreted_interleave(phases: Tensor, bias: Tensor | None) -> Tensor:
     return triton.interleave(phases, bias)
 
 
+@pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("kind", ["2.1", "2.2"])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.float16, 5e-3)])
 def test_fused_on_the_kernels_is_plain(
-    seed: int, device: torch.device, kind: str, dtype: torch.dtype, limit: float
+    seed: int, device: torch.device, kind: str, dtype: torch.dtype, limit: float, flat: bool
 ) -> None:
     """Fresh memory is poisoned here, so nothing that a kernel leaves out can pass."""
     stride = (4, 16, 16) if kind == "2.2" else (4, 8, 8)
@@ -43,6 +44,7 @@ def test_fused_on_the_kernels_is_plain(
     with (
         mock.patch.object(vae_fused, "applies", return_value=True),
         mock.patch.object(vae_fused.vae_norm_silu, "join", interpreted_join),
+        mock.patch.object(vae_fused.vae_norm_silu, "flat", return_value=flat),
         mock.patch.object(vae_fused.vae_upsample, "interleave", interpreted_interleave),
         torch.inference_mode(),
     ):

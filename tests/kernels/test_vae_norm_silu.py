@@ -75,6 +75,7 @@ class Case:
         self.gamma = torch.randn(c, device=device).to(dtype)
         self.past = torch.randn(b, 2, h, w + 2, c, device=device).to(dtype).permute(0, 4, 1, 2, 3)
         self.out = torch.full((b, t + 2, h, w + 2, c), 7.0, device=device).to(dtype).permute(0, 4, 1, 2, 3)
+        self.spread = torch.full((b, t, h, w + 2, 3 * c), 7.0, device=device).to(dtype).permute(0, 4, 1, 2, 3)
 
     def to(self, dtype: torch.dtype) -> "Case":
         copy = Case.__new__(Case)
@@ -82,11 +83,14 @@ class Case:
             setattr(copy, name, value.clone(memory_format=torch.preserve_format).to(dtype))
         return copy
 
-    def run(self, module: object, normed: bool, summed: bool) -> tuple[torch.Tensor, ...]:
+    def run(
+        self, module: object, normed: bool, summed: bool, spread: bool = False
+    ) -> tuple[torch.Tensor, ...]:
         """(what the convolution sees, its past for the next chunk, the sum)."""
+        out = self.spread if spread else self.out
         total = module.join(  # type: ignore[attr-defined]
             self.x,
-            self.out[..., 1:-1],
+            out[..., 1:-1],
             self.past[..., 1:-1],
             self.bias if summed else None,
             self.shortcut if summed else None,
@@ -94,7 +98,7 @@ class Case:
             True,
             summed,
         )
-        return self.out, self.past, total
+        return out, self.past, total
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -119,6 +123,27 @@ def test_join(seed: int, device: torch.device, dtype: torch.dtype, normed: bool,
     assert torch.equal(past[..., 1:-1], out[:, :, -2:, :, 1:-1])
     assert torch.equal(past[..., 0], before[..., 0])
     assert total.data_ptr() == case.x.data_ptr()
+
+
+@pytest.mark.parametrize("frames", [1, 2, 4])
+def test_join_spread_is_three_frames_side_by_side(seed: int, device: torch.device, frames: int):
+    """A flat convolution over it is one over three frames; the reference and the kernel agree to the bit."""
+    from kernels.vae_norm_silu import triton
+
+    case = Case((2, 20, frames, 3, 5), torch.float32, device)
+    other, plain = case.to(torch.float32), case.to(torch.float32)
+    joined, past, _ = case.run(triton, True, True)
+    want = torch.cat([joined[:, :, at : at + frames] for at in range(3)], dim=1)
+    for module, one in ((triton, other), (reference, plain)):
+        spread, moved_on, _ = one.run(module, True, True, spread=True)
+        exact = module is triton
+        assert relative_error(spread, want) <= (0 if exact else 2e-6)
+        assert relative_error(moved_on, past) <= (0 if exact else 2e-6)
+    weight = torch.randn(4, 20, 3, 3, 3, device=device)
+    flat = weight.transpose(1, 2).flatten(1, 2)
+    y = torch.nn.functional.conv2d(want.transpose(1, 2).flatten(0, 1), flat, padding=(1, 0))
+    y = torch.unflatten(y, 0, (2, frames)).transpose(1, 2)
+    assert relative_error(y, torch.nn.functional.conv3d(joined, weight, padding=(0, 1, 0))) < 1e-5
 
 
 def test_join_chunk_by_chunk_is_the_whole(seed: int, device: torch.device):

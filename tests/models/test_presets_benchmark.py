@@ -125,15 +125,16 @@ def test_the_whole_command(
 
 
 class Ladder(calibrate.Trial):
-    """Instead of clips: the decibels that a setting gives."""
+    """Instead of clips: the decibels and the lost points that a setting gives."""
 
-    def __init__(self, lossless_blocks_db: float, reuse_db: float) -> None:
-        self.block_db, self.reuse_db = lossless_blocks_db, reuse_db
+    def __init__(self, lossless_blocks_db: float, reuse_db: float, reuse_points: float = 0.0) -> None:
+        self.block_db, self.reuse_db, self.reuse_points = lossless_blocks_db, reuse_db, reuse_points
 
-    def decibels(self, name: str, told: calibrate.Parts) -> tuple[float, float]:
+    def losses(self, name: str, told: calibrate.Parts) -> tuple[float, float, float]:
         parts = told[name]
         kept = 24 + self.block_db * len(parts["keep_blocks"]) + parts["first_steps"]
-        return kept - self.reuse_db * parts.get("step_threshold", 0.0), 0.5
+        step = parts.get("step_threshold", 0.0)
+        return kept - self.reuse_db * step, self.reuse_points * step, 0.5
 
 
 def test_calibration_takes_the_boldest_that_keeps_the_floor() -> None:
@@ -143,6 +144,8 @@ def test_calibration_takes_the_boldest_that_keeps_the_floor() -> None:
     # 32 - 20 * 0.25 = 27 keeps 26, 32 - 20 * 0.4 = 24 does not.
     assert told["8bit-cache"]["step_threshold"] == 0.25
     assert told["8bit-cache"]["keep_blocks"] == [0, -1]
+    # 12 * 0.25 = 3 points are more than 2, 12 * 0.12 are not.
+    assert calibrate.calibrate(Ladder(3.0, 20.0, 12.0))["8bit-cache"]["step_threshold"] == 0.12
     # 4 bits have their own floor, 25, and no caching on top.
     assert told["4bit"] == {"keep_blocks": [0, -1], "first_steps": 0}
     assert calibrate.calibrate(Ladder(0.0, 1.0), "8bit") == {}
@@ -160,7 +163,7 @@ def test_calibration_compares_with_the_lossless_clips(
     (model / "reel.json").write_text(json.dumps(facts | {"sizes": ["64*64"], "sampling_steps": 2}))
     setting = presets.Setting(model, None, (), "", 1, 64, 1, "cpu")
     trial = calibrate.Trial(presets.Maker(setting), 1)
-    few, whole = trial.decibels("8bit", {"8bit": {"keep_blocks": [0]}})
-    assert trial.decibels("8bit", {"8bit": {"keep_blocks": [0, 1]}}) == (100.0, 1.0)
+    few, _, whole = trial.losses("8bit", {"8bit": {"keep_blocks": [0]}})
+    assert trial.losses("8bit", {"8bit": {"keep_blocks": [0, 1]}}) == (100.0, 0.0, 1.0)
     assert 15 < few < 100
     assert whole == 1
