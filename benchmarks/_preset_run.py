@@ -20,7 +20,7 @@ from benchmarks._verify import WrongResult
 from kernels.attention import choice, choose
 
 # Bounds of relative errors. bf16 rounds by up to 0.4 %, e4m3 by up to 6 %, on both sides of a product.
-BF16, PRODUCTS_8, BLOCK_8, SAME = 1e-2, 5e-2, 1e-1, 1e-5
+BF16, PRODUCTS_8, BLOCK_8, SAME = 1e-2, 5e-2, 1e-1, 1e-3
 ATTENTION_8 = 6e-2  # what the engine asks of an 8-bit attention before it takes it
 ATTENTION_ALONE = 1e-1  # of one that only sets a floor
 
@@ -103,8 +103,11 @@ class Run:
             Contestant(BF16, lambda: products.error(products.plain()), lambda: products.plain()),
         )
         head = self.share.config.head_dim
-        own = choose("self", torch.bfloat16, head, self.inputs.device)
-        yield "attention, bf16, the engine's choice", self._attention(own)
+        device = self.inputs.device
+        yield (
+            "attention, bf16, the engine's choice",
+            self._attention(lambda q, k, v: choose("self", torch.bfloat16, head, device)(q, k, v)),
+        )
         if cuda:
             yield "attention, bf16, cuDNN", self._attention(variants.library("cudnn"))
 
@@ -243,7 +246,7 @@ class Run:
                 self.failed = True
                 continue
             self.time(name, contestant)
-            if name == EIGHT and alive():
+            if name == EIGHT and name in self.results:
                 self.measure_stack()
             told = f"{self.results[name]['ms']:.2f} ms" if name in self.results else self.problems[name]
             print(f"  {name}: {told} ({time.monotonic() - began:.0f} s)", file=sys.stderr, flush=True)

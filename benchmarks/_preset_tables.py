@@ -137,8 +137,9 @@ def part_table(report: dict[str, Any]) -> list[str]:
     for name, result in report["results"].items():
         if name.startswith(("ours", "official")):
             continue
+        by = f", attention by {result['attention']}" if "attention" in result else ""
         lines.append(
-            f"| {name} | {result['ms']:.2f} | {result['error']:.2g} (bound {result['bound']:g}) "
+            f"| {name}{by} | {result['ms']:.2f} | {result['error']:.2g} (bound {result['bound']:g}) "
             f"| {number(result['clock_mhz'], '.0f')} | {number(result['power_w'], '.0f')} |"
         )
     return lines
