@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> None:
         if torch.cuda.get_device_capability() < (9, 0):
             sys.exit("benchmarks.preset_speed needs compute capability 9.0: row-wise e4m3 products")
     model = arguments.model if arguments.device == "cuda" else REHEARSAL
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
 
     def write(report: dict[str, Any]) -> None:
         if arguments.json:

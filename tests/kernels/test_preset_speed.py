@@ -55,7 +55,10 @@ def quality(tmp_path: Path) -> Path:
 
 
 def test_the_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, given = tmp_path / "speed.json", ["--quality", str(quality(tmp_path)), "--decode-seconds", "4"]
+    out, given = (
+        tmp_path / "new" / "speed.json",
+        ["--quality", str(quality(tmp_path)), "--decode-seconds", "4"],
+    )
     preset_speed.main(["--device", "cpu", "--seconds", "0", "--json", str(out), *given])
     printed = capsys.readouterr().out
     report = json.loads(out.read_text())
