@@ -30,6 +30,8 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 CONFIGS = {
     "A14B": DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
     "5B": DiTConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_channels=48, out_channels=48),
+    # For rehearsals on a CPU alone.
+    "small": DiTConfig(dim=128, ffn_dim=192, num_heads=8, num_layers=2, text_dim=32, text_len=7),
 }
 GRIDS = {
     ("A14B", "720p"): (21, 45, 80),
@@ -37,6 +39,8 @@ GRIDS = {
     ("5B", "720p"): (31, 22, 40),
     ("A14B", "check"): (3, 20, 25),
     ("5B", "check"): (3, 20, 25),
+    ("small", "720p"): (3, 4, 6),
+    ("small", "check"): (2, 3, 4),
 }
 
 

@@ -72,6 +72,7 @@ LANES = (
         "presets",
         (
             Job("preset-tests", (*PYTEST, "tests/gpu/test_eight_bit.py"), 120),
+            bench("preset_speed", 330, "--seconds", "10", "--budget", "280"),
             Job("calibrate", ("-m", "benchmarks.calibrate", "--out", "{out}/calibrated.json"), 300),
         ),
     ),

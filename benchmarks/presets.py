@@ -161,6 +161,7 @@ def summary(rows: list[Row], names: tuple[str, ...]) -> Row:
         decibels = [one["psnr_db"] for one in each]
         computed = sum(one["work"]["steps_computed"] for one in each)
         reused = sum(one["work"]["steps_reused"] for one in each)
+        attention = sum(one["work"].get("attention_reused", 0) for one in each)  # older rows have none
         found[name] = {
             "psnr_db": round(float(np.mean(decibels)), 2),
             "psnr_db_worst": round(min(decibels), 2),
@@ -170,6 +171,7 @@ def summary(rows: list[Row], names: tuple[str, ...]) -> Row:
             "points": round(100 * right / asked, 2),
             "steps reused": f"{reused / (computed + reused):.1%}",
             "guidance reused": f"{sum(one['work']['guidance_reused'] for one in each) / computed:.1%}",
+            "attention reused": f"{attention / computed:.1%}",
         }
         floor = FLOOR_DB.get(name)
         lost = found[LOSSLESS]["points"] - found[name]["points"]
