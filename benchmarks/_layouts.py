@@ -159,10 +159,7 @@ class Bench:
         if key not in self._transports:
             group = None if one.share else self.mesh(one.layout).ulysses_group
             self._transports[key] = self._make(one, group)
-        transport = self._transports[key]
-        if isinstance(transport, PushTransport):
-            transport.silent = one.transport == "off"
-        return transport
+        return self._transports[key]
 
     def _make(self, one: Contestant, group: dist.ProcessGroup | None) -> Transport:
         group = group or dist.group.WORLD
@@ -199,8 +196,11 @@ class Bench:
             branch = slice(rank, rank + 1)
         texts = [(k[branch], v[branch]) for k, v in self.texts[: len(self.model.blocks)]]
         timesteps = torch.tensor([[500]], device=self.device)
+        transport = self.transport(one) if one.parts > 1 else None
 
         def step() -> Tensor:
+            if isinstance(transport, PushTransport):  # shared with the step that sends nothing
+                transport.silent = one.transport == "off"
             with fused_blocks(self.device):
                 flow = self.model(self.latents, timesteps, texts, sequence)
             if one.guidance == 2:

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -68,10 +68,16 @@ class Sampler:
         self._process.wait()
         self._thread.join(5)
 
-    def medians(self) -> tuple[float, float]:
-        """(clock in MHz, power in W); NaN where nothing was read."""
+    @property
+    def taken(self) -> int:
+        """How many samples there are so far."""
+        return len(self.powers)
+
+    def medians(self, parts: Sequence[slice] = (slice(None),)) -> tuple[float, float]:
+        """(clock in MHz, power in W) of these parts of the samples; NaN where nothing was read."""
+        clocks, powers = ([x for part in parts for x in of[part]] for of in (self.clocks, self.powers))
         nan = [float("nan")]
-        return statistics.median(self.clocks or nan), statistics.median(self.powers or nan)
+        return statistics.median(clocks or nan), statistics.median(powers or nan)
 
 
 def kind_of(kernel: str) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import UMT5EncoderModel
 
 from benchmarks._layouts import Bench, Contestant
+from benchmarks._measure import profile_kernels
 from benchmarks._random_vae import random_vae
 from benchmarks._text_shards import shard_encoder
 from benchmarks._together import shared, together
@@ -86,6 +87,8 @@ def vae(bench: Bench, seconds: float, frames: int, rows: int, columns: int) -> d
         encoding: Callable[[], object] = lambda space=space: model.encode(video, space)  # noqa: E731
         found[f"decode, {name}"] = together(decoding, seconds, device, warm=0, parts=False).json()
         found[f"encode, {name}"] = together(encoding, seconds / 2, device, warm=0, parts=False).json()
+        if device.type == "cuda":
+            found[f"kernels, {name}"] = dict(list(profile_kernels(decoding, 1).items())[:20])  # ms
     if len(spaces) == 2:
         for what in ("decode", "encode"):
             one_ms, many_ms = (found[f"{what}, {name}"]["ms"] for name in spaces)

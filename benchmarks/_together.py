@@ -4,7 +4,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -84,6 +84,57 @@ def together(
         peak_gib=torch.cuda.max_memory_allocated(device) / 2**30 if cuda else math.nan,
         parts=profile(step) if cuda and parts else {},
     )
+
+
+def alternately(
+    steps: Sequence[Callable[[], object]], seconds: float, device: torch.device, warm: float = 3.0
+) -> list[Timed]:
+    """Steps by turns, `seconds` of each in all, so that the card's heat and power are the same for each.
+
+    Each turn is waited for on all ranks, and the clock and power of its own turns stand beside each step.
+    """
+    cuda = device.type == "cuda"
+
+    def turn(step: Callable[[], object]) -> float:
+        first = _mark(cuda)
+        step()
+        last = _mark(cuda)
+        if cuda:
+            torch.cuda.synchronize(device)
+        dist.barrier()
+        return _between(first, last)
+
+    for step in steps:
+        turn(step)  # compiles, tunes, allocates
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    once = shared(sum(turn(step) for step in steps) / 1e3, device)
+    for _ in range(math.ceil(min(warm, seconds) / once)):
+        for step in steps:
+            turn(step)
+    times: list[list[float]] = [[] for _ in steps]
+    samples: list[list[slice]] = [[] for _ in steps]
+    with Sampler() if cuda else nullcontext() as sampler:
+        start = time.perf_counter()
+        for _ in range(max(2, math.ceil(len(steps) * seconds / once))):
+            for step, mine, taken in zip(steps, times, samples, strict=True):
+                before = sampler.taken if sampler else 0
+                mine.append(turn(step))
+                taken.append(slice(before, sampler.taken if sampler else 0))
+        elapsed = time.perf_counter() - start
+    return [
+        Timed(
+            ms=shared(statistics.median(mine), device),
+            spread_ms=max(mine) - min(mine),
+            repetitions=len(mine),
+            seconds=elapsed,
+            clock_mhz=sampler.medians(taken)[0] if sampler else math.nan,
+            power_w=sampler.medians(taken)[1] if sampler else math.nan,
+            peak_gib=torch.cuda.max_memory_allocated(device) / 2**30 if cuda else math.nan,
+            parts={},
+        )
+        for mine, taken in zip(times, samples, strict=True)
+    ]
 
 
 def _mark(cuda: bool) -> Any:

@@ -4,8 +4,9 @@
 
 On captions of training's kind, none of which the presets' table is measured on, each ladder is walked from
 the boldest setting down; the first that keeps both floors is taken: mean PSNR to the lossless clips with
-`MARGIN_DB` to spare, and clips that the judge reads right, within `FLOOR_POINTS` of the lossless ones. `8bit-cache` is calibrated on top of what `8bit` got. Prints the `presets` object for the
-model's reel.json; a preset that no rung can keep is left out, and so is never offered.
+`MARGIN_DB` to spare, and clips that the judge reads right, within `FLOOR_POINTS` of the lossless ones.
+`8bit-cache` is calibrated on top of what `8bit` got. Prints the `presets` object for the model's reel.json;
+a preset that no rung can keep is left out, and so is never offered.
 """
 
 import argparse

@@ -5,8 +5,9 @@
 It starts one process a GPU by torchrun (or takes the ranks that torchrun gave it). First the layouts' results
 are compared with one GPU's: where one is wrong, nothing is printed about time. Each contestant then runs for
 `--seconds` without a pause. Exposed communication is a step's time minus the same step's with the transfers
-off. Figures are written as they come; `--resume` skips what the JSON file already has, so that a call
-which ran into its time limit can be continued. `--device cpu` rehearses everything at tiny sizes over gloo.
+off, measured by turns. Figures are written as they come; `--resume` skips what the JSON file already has, so
+that a call which ran into its time limit can be continued. `--device cpu` rehearses everything at tiny sizes
+over gloo.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from benchmarks._book import Book
 from benchmarks._eight import Measured, report
 from benchmarks._layouts import TIMEOUT_SECONDS, TOKENS, Bench, Contestant, contestants
 from benchmarks._ranks import join_ranks, start_ranks, started
-from benchmarks._together import shared, together
+from benchmarks._together import Timed, alternately, shared, together
 from benchmarks._verify import WrongResult, relative_error
 
 CHECK_BLOCKS = 2
@@ -77,16 +79,17 @@ def run(arguments: argparse.Namespace, book: Book) -> None:
             book.say(line)
         if not arguments.check_only:
             parts(bench, arguments, book)
-        for one in rows if not arguments.check_only else []:
-            if one.name in book.data["steps"]:
+        for group in by_turns(rows) if not arguments.check_only else []:
+            if all(one.name in book.data["steps"] for one in group):
                 continue
-            if not book.left(guess(book, one, arguments.seconds), device):
-                book.postpone(one.name)
+            if not book.left(sum(guess(book, one, arguments.seconds) for one in group), device):
+                for one in group:
+                    book.postpone(one.name)
                 continue
-            timed = together(bench.step(one), arguments.seconds, device, parts=one.layout == "1x1")
-            book.data["steps"][one.name] = timed.json()
+            for one, timed in zip(group, measure(bench, group, arguments.seconds), strict=True):
+                book.data["steps"][one.name] = timed.json()
+                book.say(f"  {one.name}: {timed.ms:.1f} ms, {timed.clock_mhz:.0f} MHz, {timed.power_w:.0f} W")
             book.write()
-            book.say(f"  {one.name}: {timed.ms:.1f} ms, {timed.clock_mhz:.0f} MHz, {timed.power_w:.0f} W")
         timeline(bench, arguments, book, rows)
     if "1x1" in book.data["steps"] and "link" in book.data:
         measured = Measured(
@@ -98,6 +101,25 @@ def run(arguments: argparse.Namespace, book: Book) -> None:
         print(table(book.data), flush=True)
     bench.close()
     dist.destroy_process_group()
+
+
+def by_turns(rows: list[Contestant]) -> list[list[Contestant]]:
+    """The rows in order; one that pushes with its twin whose transfers are off, as they are compared."""
+    groups: list[list[Contestant]] = []
+    for one in rows:
+        if one.transport == "off" and any(replace(one, transport="push") in group for group in groups):
+            continue
+        twin = replace(one, transport="off")
+        groups.append([one, twin] if one.transport == "push" and twin in rows else [one])
+    return groups
+
+
+def measure(bench: Bench, group: list[Contestant], seconds: float) -> list[Timed]:
+    """A contestant's steps without a pause, or those of two by turns."""
+    steps = [bench.step(one) for one in group]
+    if len(steps) > 1:
+        return alternately(steps, seconds, bench.device)
+    return [together(steps[0], seconds, bench.device, parts=group[0].layout == "1x1")]
 
 
 def parts(bench: Bench, arguments: argparse.Namespace, book: Book) -> None:
@@ -175,7 +197,11 @@ def table(data: dict[str, Any]) -> str:
             lines.append(f"\n{row['transport']} alone: {row['mb']:.1f} MB each way at {row['gb_s']:.0f} GB/s")
     for name in ("vae", "text"):
         if name in data:
-            found = {k: round(v["ms"], 2) if isinstance(v, dict) else v for k, v in data[name].items()}
+            found = {
+                k: round(v["ms"], 2) if isinstance(v, dict) else v
+                for k, v in data[name].items()
+                if not k.startswith("kernels")
+            }
             lines.append(f"\n{name}: " + "; ".join(f"{k} {v}" for k, v in found.items()))
     for row in data.get("eight", {}).get("rows", []):
         lines.append(

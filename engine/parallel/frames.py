@@ -98,7 +98,7 @@ class StripedFrame:
         if halo == 0:
             return
         channels, frames = past_BCTHW.shape[1:3]
-        spread = torch.split(joined_BCTHW, channels, dim=1)  # one part, or three frames' channels side by side
+        spread = torch.split(joined_BCTHW, channels, dim=1)  # three frames side by side, or one part
         new = spread[-1] if len(spread) > 1 else joined_BCTHW[:, :, frames:]
         edges = Edges(self, self.inside(new, halo), halo, halo)
         for start, lines in zip((0, past_BCTHW.shape[self.axis] - halo), edges.wait(), strict=True):

@@ -132,6 +132,7 @@ def test_a_vae_in_stripes_makes_the_pixels_of_a_whole_one(
         whole = vae.decode(latents)
         expect_equal(got[f"{name} video"], whole)
         expect_equal(got[f"{name} fused video"], whole)
+        expect_equal(got[f"{name} flat video"], whole)
         if kind != IN_HALF:
             return
         in_half = fused_video(vae.half(), latents.half())
