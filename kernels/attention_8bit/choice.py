@@ -20,8 +20,8 @@ from kernels.attention_8bit import reference
 log = logging.getLogger(__name__)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 TABLE, OURS, CUDNN = "attention_8bit_backend", "ours", "cudnn"
-# Relative error to fp64 on random normal operands, k with a mean. It tells a kernel that is wrong; whether one
-# is good enough is for the floors of the quality table to say.
+# Relative error to fp64 on random normal operands, k with a mean. It tells a kernel that is wrong; whether
+# one is good enough is for the floors of the quality table to say.
 TOLERANCE = 8e-2
 
 
