@@ -31,7 +31,6 @@ Shapes: B batch, L query tokens, T key tokens, H heads, K head dimension (128).
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -44,7 +43,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.attention_8bit import triton as plain
-from kernels.attention_8bit.reference import LOG2E, mean_over_tokens
+from kernels.attention_8bit.reference import LOG2E, Blocks, Channels, mean_over_tokens
 from kernels.tables import setting
 
 HEAD_DIMENSION = 128
@@ -275,23 +274,33 @@ def attention(q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, tile: Tile | None 
     """softmax(q k^T / sqrt(K)) v in q's dtype, [B, L, H, K]. ValueError for what `fits` refuses."""
     if not fits(q_BLHK, k_BTHK, v_BTHK):
         raise ValueError(f"q {tuple(q_BLHK.shape)}: expected heads of {HEAD_DIMENSION} on a Hopper GPU")
-    batch, queries, heads, width = q_BLHK.shape
-    tokens = k_BTHK.shape[1]
     if tile is None:
-        tile = Tile(**setting("attention_8bit_hopper", f"{width}", q_BLHK.device, {}))
-    of_program = ROWS.value * GROUPS.value
-    q = plain.quantize_blocks(q_BLHK, None, of_program)
-    k = plain.quantize_blocks(k_BTHK, mean_over_tokens(k_BTHK), KEYS.value)
-    v = plain.quantize_channels(v_BTHK, slots=True)
-    out = torch.empty((batch, queries, heads, width), dtype=q_BLHK.dtype, device=q_BLHK.device)
+        tile = Tile(**setting("attention_8bit_hopper", f"{HEAD_DIMENSION}", q_BLHK.device, {}))
+    return run(operands(q_BLHK, k_BTHK, v_BTHK), q_BLHK.dtype, tile)
+
+
+def operands(q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> tuple[Blocks, Blocks, Channels]:
+    """q, k and v in 8 bits, v's tokens by `reference.slots`."""
+    return (
+        plain.quantize_blocks(q_BLHK, None, ROWS.value * GROUPS.value),
+        plain.quantize_blocks(k_BTHK, mean_over_tokens(k_BTHK), KEYS.value),
+        plain.quantize_channels(v_BTHK, slots=True),
+    )
+
+
+def run(given: tuple[Blocks, Blocks, Channels], dtype: torch.dtype, tile: Tile) -> Tensor:
+    """The attention itself, of what `operands` gives: [B, L, H, K] in `dtype`."""
+    q, k, v = given
+    batch, heads, queries, width = q.data.shape
+    out = torch.empty((batch, queries, heads, width), dtype=dtype, device=q.data.device)
     # Rows past the end of a head are the next head's, or zeros: never stored, or masked as keys.
     q_desc, k_desc, v_desc = (
-        TensorDescriptor.from_tensor(x.flatten(0, 2), [rows, 128], LAYOUT)
+        TensorDescriptor.from_tensor(x.flatten(0, 2), [rows, width], LAYOUT)
         for x, rows in ((q.data, ROWS.value), (k.data, KEYS.value), (v.data, HEAD_DIMENSION))
     )
-    _attention_kernel[(triton.cdiv(queries, of_program), heads, batch)](
+    _attention_kernel[(q.scale.shape[2], heads, batch)](
         q_desc, k_desc, v_desc, q.scale, k.scale, v.scale, out,
-        queries, tokens, heads, LOG2E * width**-0.5,
+        queries, k.data.shape[2], heads, LOG2E * width**-0.5,
         STAGES=tile.stages, PING=tile.ping, MAGIC=tile.magic, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
     return out
