@@ -170,9 +170,9 @@ def _consume(
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(empty.index(0), count=1)
     key = (blocks - 1) * KEYS + gl.arange(0, KEYS, layout=cols)
-    s = gl.where((key < tokens)[None, :], s, -(1 << 30))
-    highest = gl.max(s, axis=1).to(gl.float32) * scale
-    p = gl.exp2(s.to(gl.float32) * scale + (BIAS - highest)[:, None])
+    scores = gl.where((key < tokens)[None, :], s.to(gl.float32) * scale, float("-inf"))
+    highest = gl.max(scores, axis=1)
+    p = gl.exp2(scores + (BIAS - highest)[:, None])
     sums = _lane_sums(p)
     fade = gl.full([ROWS], 0.0, gl.float32, rows)
     words = _pack(p, operand)
