@@ -1,4 +1,4 @@
-"""Which 8-bit attention computes: ours, or a library's where the table says it is faster here.
+"""Which 8-bit attention computes: ours, or one the table names as faster here (Hopper's own, a library's).
 
 A tuning table's entry of ("attention_8bit_backend", `table_key`) names the winner of a GPU and shape; without
 an entry it is ours. Whatever is named must first agree with the fp64 formula on a small odd-sized input.
@@ -19,7 +19,7 @@ from kernels.attention_8bit import reference
 
 log = logging.getLogger(__name__)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-TABLE, OURS, CUDNN = "attention_8bit_backend", "ours", "cudnn"
+TABLE, OURS, HOPPER, CUDNN = "attention_8bit_backend", "ours", "hopper", "cudnn"
 # Relative error to fp64 on random normal operands, k with a mean. It tells a kernel that is wrong; whether
 # one is good enough is for the floors of the quality table to say.
 TOLERANCE = 8e-2
@@ -34,6 +34,13 @@ def ours(q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> Tensor:
     return reference.attention(q_BLHK, k_BTHK, v_BTHK)
 
 
+def hopper(q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> Tensor:
+    """Ours in Gluon, for Hopper and heads of 128; raises for anything else, or without Gluon."""
+    from kernels.attention_8bit import hopper as kernel
+
+    return kernel.attention(q_BLHK, k_BTHK, v_BTHK)
+
+
 def cudnn(q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> Tensor:
     """cuDNN's, through nvidia-cudnn-frontend."""
     from kernels.attention_8bit import cudnn_fp8
@@ -41,7 +48,7 @@ def cudnn(q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> Tensor:
     return cudnn_fp8.attention(q_BLHK, k_BTHK, v_BTHK)
 
 
-BACKENDS: dict[str, Attend] = {OURS: ours, CUDNN: cudnn}
+BACKENDS: dict[str, Attend] = {OURS: ours, HOPPER: hopper, CUDNN: cudnn}
 
 
 def table_key(head: int, tokens: int) -> str:

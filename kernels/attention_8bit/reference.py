@@ -70,10 +70,30 @@ def quantize_channels(v_BTHK: Tensor) -> Channels:
     return Channels(padded.to(E4M3), scale)
 
 
+def slots(tokens: int) -> Tensor:
+    """Which token lies in each place of v for `kernels.attention_8bit.hopper`: a permutation of each 16.
+
+    wgmma's accumulator holds columns 8 h + 2 t + e of 16 in lane t (h, e of 0, 1), its 8-bit operand columns
+    4 t + 2 h + e (PTX ISA, "Register Fragments for wgmma"): place 4 t + 2 h + e takes token 8 h + 2 t + e.
+    """
+    if tokens % 16:
+        raise ValueError(f"{tokens} tokens: expected a multiple of 16")
+    at = torch.arange(tokens)
+    return at // 16 * 16 + at // 2 % 2 * 8 + at % 16 // 4 * 2 + at % 2
+
+
 def attention(
-    q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, block_m: int = 128, block_n: int = 128
+    q_BLHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHK: Tensor,
+    block_m: int = 128,
+    block_n: int = 128,
+    last_first: bool = False,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v in q's dtype, [B, L, H, K]."""
+    """softmax(q k^T / sqrt(K)) v in q's dtype, [B, L, H, K].
+
+    The order of key blocks changes what P is rounded at: `last_first` is that of the Hopper kernel.
+    """
     tokens = k_BTHK.shape[1]
     q = quantize_blocks(q_BLHK, None, block_m)
     k = quantize_blocks(k_BTHK, mean_over_tokens(k_BTHK), block_n)
@@ -83,8 +103,9 @@ def attention(
     of_query = of_query * (LOG2E * q_BHLK.shape[-1] ** -0.5)
     highest = q_BHLK.new_full((*q_BHLK.shape[:3], 1), -torch.inf)
     total, out_BHLK = torch.zeros_like(highest), torch.zeros_like(q_BHLK)
-    for index, start in enumerate(range(0, tokens, block_n)):
-        here = slice(start, min(start + block_n, tokens))
+    blocks = -(-tokens // block_n)
+    for index in [blocks - 1, *range(blocks - 1)] if last_first else range(blocks):
+        here = slice(index * block_n, min((index + 1) * block_n, tokens))
         scores = q_BHLK @ k.data[:, :, here].float().transpose(-1, -2)
         scores = scores * (of_query * k.scale[:, :, index, None, None])
         now = torch.maximum(highest, scores.amax(-1, keepdim=True))

@@ -67,13 +67,17 @@ def _blocks_kernel(
 @triton.jit
 def _channels_kernel(
     v_ptr, scale_ptr, out_ptr, length, padded, heads, stride_b, stride_l, stride_h,
-    BLOCK: tl.constexpr, K: tl.constexpr,
+    BLOCK: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = block * BLOCK + tl.arange(0, BLOCK)
     col = tl.arange(0, K)
-    at = batch.to(tl.int64) * stride_b + row.to(tl.int64)[:, None] * stride_l + head * stride_h + col[None, :]
-    v = tl.load(v_ptr + at, mask=(row < length)[:, None], other=0.0).to(tl.float32)
+    token = row
+    if SLOTS:  # see `reference.slots`
+        token = row // 16 * 16 + row // 2 % 2 * 8 + row % 16 // 4 * 2 + row % 2
+    at = batch.to(tl.int64) * stride_b + token.to(tl.int64)[:, None] * stride_l
+    at += head * stride_h + col[None, :]
+    v = tl.load(v_ptr + at, mask=(token < length)[:, None], other=0.0).to(tl.float32)
     place = (batch * heads + head).to(tl.int64)
     v = v / tl.load(scale_ptr + place * K + col)[None, :]
     v = tl.where(v > 448.0, 448.0, v)
@@ -165,14 +169,15 @@ def quantize_blocks(x_BLHK: Tensor, mean_BHK: Tensor | None, block: int) -> Bloc
     return Blocks(data, scale)
 
 
-def quantize_channels(v_BTHK: Tensor) -> Channels:
-    """See the reference."""
+def quantize_channels(v_BTHK: Tensor, slots: bool = False) -> Channels:
+    """See the reference; with `slots` the tokens lie as in `reference.slots`."""
     batch, length, heads, width = v_BTHK.shape
     padded = length + -length % 16
     data = torch.empty((batch, heads, width, padded), dtype=torch.uint8, device=v_BTHK.device).view(E4M3)
     scale = largest_by_channel(v_BTHK)
     _channels_kernel[(triton.cdiv(padded, TOKENS), heads, batch)](
-        v_BTHK, scale, data, length, padded, heads, *v_BTHK.stride()[:3], BLOCK=TOKENS, K=width, num_warps=4,
+        v_BTHK, scale, data, length, padded, heads, *v_BTHK.stride()[:3],
+        BLOCK=TOKENS, K=width, SLOTS=slots, num_warps=4,
     )  # fmt: skip
     return Channels(data, scale)
 

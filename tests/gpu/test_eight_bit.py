@@ -1,6 +1,7 @@
 """8-bit products, attention and blocks at Wan's real widths, against the emulation that a CPU runs."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +70,31 @@ def test_attention(queries: int, keys: int, heads: int, width: int):
     got = attention_8bit.attention(q, k, v)
     assert relative_error(got, attention_reference.attention(q, k, v)) < 2e-2
     assert relative_error(got, exact_attention.attention(q, k, v)) < 6e-2
+
+
+def hopper_attention(tile: dict[str, Any], *qkv: Tensor) -> Tensor:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("a kernel for Hopper")
+    from kernels.attention_8bit import hopper
+
+    return hopper.attention(*qkv, hopper.Tile(**tile))
+
+
+HOPPER_TILES = [{}, {"stages": 2}, {"ping": True}, {"magic": True}]
+LENGTHS = [(777, 1301), (4095, 4095), (9450, 9450), (1, 1), (5, 128), (130, 129), (128, 255), (300, 256)]
+
+
+@pytest.mark.parametrize("tile", HOPPER_TILES, ids=str)
+@pytest.mark.parametrize(("queries", "keys"), LENGTHS)
+def test_hoppers_attention(queries: int, keys: int, tile: dict[str, Any]):
+    """Right at every remainder of blocks, and the same bits each time: what a race would change."""
+    q, v = randn(2, queries, 3, 128).bfloat16(), randn(2, keys, 3, 128).bfloat16()
+    k = (randn(2, keys, 3, 128) + 4 * randn(3, 128)).bfloat16()
+    got = hopper_attention(tile, q, k, v)
+    assert relative_error(got, attention_reference.attention(q, k, v, last_first=True)) < 2e-2
+    assert relative_error(got, exact_attention.attention(q, k, v)) < 6e-2
+    for _ in range(20):
+        assert torch.equal(hopper_attention(tile, q, k, v), got)
 
 
 def test_the_chosen_attention_is_right():

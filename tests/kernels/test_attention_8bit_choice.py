@@ -63,7 +63,7 @@ def test_a_wrong_or_failing_winner_is_passed_over(
         raise ImportError("No module named 'cudnn'")
 
     def wrong(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return right(q, k, v) * 1.07
+        return right(q, k, v) * 1.09
 
     def holes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return right(q, k, v).index_fill(1, torch.tensor([5]), float("nan"))
@@ -71,7 +71,7 @@ def test_a_wrong_or_failing_winner_is_passed_over(
     win(told, CUDNN)
     for backend, words in (
         (fails, "No module"),
-        (wrong, "relative error 0.07"),
+        (wrong, "relative error 0.09"),
         (holes, "relative error nan"),
     ):
         for cached in (choice, works):
