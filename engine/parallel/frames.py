@@ -58,8 +58,8 @@ class StripedFrame:
         present = joined[:, :, frames:]
         present.narrow(self.axis, halo, x_BCTHW.shape[self.axis]).copy_(x_BCTHW)
         before, after = edges.wait()
-        present.narrow(self.axis, 0, halo).copy_(before)
-        present.narrow(self.axis, shape[self.axis] - halo, halo).copy_(after)
+        _fill(present.narrow(self.axis, 0, halo), before)
+        _fill(present.narrow(self.axis, shape[self.axis] - halo, halo), after)
         return joined
 
     def convolve(self, layer: Convolution, x: Tensor, with_halo: bool = False) -> Tensor:
@@ -79,8 +79,8 @@ class StripedFrame:
         joined = _empty_like(x, self.around(list(x.shape), halo))
         self.inside(joined, halo).copy_(x)
         before, after = edges.wait()
-        joined.narrow(self.axis, 0, halo).copy_(before)
-        joined.narrow(self.axis, joined.shape[self.axis] - halo, halo).copy_(after)
+        _fill(joined.narrow(self.axis, 0, halo), before)
+        _fill(joined.narrow(self.axis, joined.shape[self.axis] - halo, halo), after)
         return joined
 
     def around(self, shape: list[int], halo: int) -> list[int]:
@@ -102,6 +102,9 @@ class StripedFrame:
         new = spread[-1] if len(spread) > 1 else joined_BCTHW[:, :, frames:]
         edges = Edges(self, self.inside(new, halo), halo, halo)
         for start, lines in zip((0, past_BCTHW.shape[self.axis] - halo), edges.wait(), strict=True):
+            if lines is None:  # so is the past's halo there, from the start
+                joined_BCTHW.narrow(self.axis, start, halo).zero_()
+                continue
             past = past_BCTHW.narrow(self.axis, start, halo)
             whole = torch.cat((past, lines), dim=2)
             for first, part in enumerate(spread):
@@ -117,6 +120,8 @@ class StripedFrame:
     def pad_after(self, x: Tensor) -> Tensor:
         """The next stripe's first line along the cut axis (zeros after the last), zeros along the other."""
         _, after = Edges(self, x, 0, 1).wait()
+        if after is None:
+            return F.pad(x, (0, 1, 0, 1))
         x = torch.cat((x, after), dim=self.axis)
         return F.pad(x, (0, 0, 0, 1) if self.axis == -1 else (0, 1))
 
@@ -165,12 +170,12 @@ class StripedFrame:
 
 
 class Edges:
-    """The lines next to a stripe, on their way from its neighbours; zeros where the frame ends."""
+    """The lines next to a stripe, on their way from its neighbours; None (zeros) where the frame ends."""
 
     def __init__(self, frame: StripedFrame, x: Tensor, before: int, after: int) -> None:
         """Give each neighbour what it wants of x; ask for `before` and `after` lines."""
         shape = list(x.shape)
-        self._received: list[Tensor] = []
+        self._received: list[Tensor | None] = []
         self._sent: list[Tensor] = []  # kept until sent
         operations: list[dist.P2POp] = []
         size = x.shape[frame.axis]
@@ -179,22 +184,31 @@ class Edges:
         for step, wanted, given, start in sides:
             shape[frame.axis] = wanted
             peer = frame.neighbour(step)
-            self._received.append(x.new_zeros(shape) if peer is None else x.new_empty(shape))
             if peer is None:
+                self._received.append(None)
                 continue
+            lines = x.new_empty(shape)
+            self._received.append(lines)
             if given:
                 self._sent.append(x.narrow(frame.axis, start, given).contiguous())
                 operations.append(dist.P2POp(dist.isend, self._sent[-1], peer, frame.group))
             if wanted:
-                operations.append(dist.P2POp(dist.irecv, self._received[-1], peer, frame.group))
+                operations.append(dist.P2POp(dist.irecv, lines, peer, frame.group))
         self._works = _together(operations)
 
-    def wait(self) -> tuple[Tensor, Tensor]:
+    def wait(self) -> tuple[Tensor | None, Tensor | None]:
         """(lines before, lines after)."""
         for work in self._works:
             work.wait()
         before, after = self._received
         return before, after
+
+
+def _fill(into: Tensor, lines: Tensor | None) -> None:
+    if lines is None:
+        into.zero_()
+    else:
+        into.copy_(lines)
 
 
 def _together(operations: list[dist.P2POp]) -> list[dist.Work]:
