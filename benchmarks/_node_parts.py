@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks._measure import Sampler
 from benchmarks._official_step import OfficialStep
@@ -274,11 +273,11 @@ def parity(
     """
     request = node.request(size, steps, SEED, frame_num=frame_num)
     alone = latents_of(node, "1x1", request)
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if node.device.type == "cuda" else nullcontext():
-        pipeline = node.on("1x1")
-        usual, pipeline.sequence = pipeline.sequence, Mesh.single().sequence(sdpa, sdpa)
-        other = latents_of(node, "1x1", request)
-        pipeline.sequence = usual
+    pipeline = node.on("1x1")
+    attend = library("cudnn") if node.device.type == "cuda" else sdpa
+    usual, pipeline.sequence = pipeline.sequence, Mesh.single().sequence(attend, attend)
+    other = latents_of(node, "1x1", request)
+    pipeline.sequence = usual
     between = relative_error(other, alone)
     found: dict[str, Any] = {"two runs on one rank": between}
     for layout in layouts:

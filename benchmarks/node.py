@@ -120,10 +120,11 @@ class Run:
 
 
 def default_layouts(world: int) -> list[str]:
-    """The two that matter, the faster by others' measurements first."""
+    """The two that matter, the engine's own first."""
     if world == 1:
         return ["1x1"]
-    return ([f"2x{world // 2}"] if world % 2 == 0 else []) + [f"1x{world}"]
+    other = [f"2x{world // 2}"] if world % 2 == 0 else []
+    return [*other, f"1x{world}"] if world == 2 else [f"1x{world}", *other]
 
 
 def table(data: dict[str, Any]) -> str:

@@ -97,19 +97,17 @@ class StripedFrame:
         """The new frames' edges come from the neighbours, the earlier ones' from the past's own halo."""
         if halo == 0:
             return
-        channels, frames = past_BCTHW.shape[1:3]
-        spread = torch.split(joined_BCTHW, channels, dim=1)  # three frames side by side, or one part
-        new = spread[-1] if len(spread) > 1 else joined_BCTHW[:, :, frames:]
-        edges = Edges(self, self.inside(new, halo), halo, halo)
+        frames = past_BCTHW.shape[2]
+        edges = Edges(self, self.inside(joined_BCTHW[:, :, frames:], halo), halo, halo)
         for start, lines in zip((0, past_BCTHW.shape[self.axis] - halo), edges.wait(), strict=True):
+            joined = joined_BCTHW.narrow(self.axis, start, halo)
             if lines is None:  # so is the past's halo there, from the start
-                joined_BCTHW.narrow(self.axis, start, halo).zero_()
+                joined.zero_()
                 continue
             past = past_BCTHW.narrow(self.axis, start, halo)
-            whole = torch.cat((past, lines), dim=2)
-            for first, part in enumerate(spread):
-                part.narrow(self.axis, start, halo).copy_(whole[:, :, first : first + part.shape[2]])
-            past.copy_(whole[:, :, -frames:])
+            joined[:, :, :frames] = past
+            joined[:, :, frames:] = lines
+            past.copy_(joined[:, :, -frames:])
 
     def all_agree(self, flag: Tensor) -> Tensor:
         """The least of all ranks' flags."""

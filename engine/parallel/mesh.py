@@ -64,9 +64,10 @@ class Mesh:
         """Join the ranks of torch.distributed, initialising it when it isn't yet; a collective call.
 
         Rank and world size come from the arguments or torchrun's environment. Without `guidance` and
-        `ulysses`, an even number of ranks is split in two guidance branches, which measured faster than one
-        sequence over all; an odd number works on one sequence. `timeout_seconds` bounds how long a dead or
-        hung rank stays unnoticed. The transport is the asked one, or `REEL_TRANSPORT`'s, or the fastest.
+        `ulysses`, two ranks take a guidance branch each and up to eight work on one sequence: both measured
+        faster than the other way. An even number beyond eight is split in two branches. `timeout_seconds`
+        bounds how long a dead or hung rank stays unnoticed. The transport is the asked one, or
+        `REEL_TRANSPORT`'s, or the fastest.
         """
         keep_multicast_off()
         if not dist.is_initialized():
@@ -119,8 +120,9 @@ class Mesh:
         """How a transformer's tokens lie on this mesh."""
         if self.ulysses == 1 or self.ulysses_group is None:
             return WholeSequence(attend, cross_attend)
-        # Two passes hide each other's transfers whole; one pass hides its own as far as it can.
-        best = Overlap(split_qkv=False) if self.guidance == 1 else Overlap(head_groups=2)
+        # Two passes hide each other's transfers whole. One pass hides v and q under the next projections; its
+        # output in two groups of heads cost more than all of its transfers.
+        best = Overlap(split_qkv=False) if self.guidance == 1 else Overlap()
         return UlyssesSequence(
             self.ulysses_group, attend, cross_attend, self.transport, self.overlap or best, self.beat
         )
@@ -177,7 +179,7 @@ class Mesh:
 def choose_layout(world: int, guidance: int | None, ulysses: int | None) -> tuple[int, int]:
     """(g, u) with g * u = world, filling in what isn't given."""
     if guidance is None:
-        guidance = world // ulysses if ulysses else (2 if world % 2 == 0 else 1)
+        guidance = world // ulysses if ulysses else (2 if world % 2 == 0 and not 2 < world <= 8 else 1)
     ulysses = ulysses or world // guidance
     if guidance not in (1, 2) or guidance * ulysses != world:
         raise ValueError(

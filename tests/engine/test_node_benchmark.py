@@ -148,6 +148,7 @@ def test_a_video_is_guessed_from_what_is_known() -> None:
 
 def test_prompts_have_the_asked_length() -> None:
     assert [len(parts.prompt_of(characters)) for characters in (32, 128, 512)] == [32, 128, 512]
-    assert node.default_layouts(8) == ["2x4", "1x8"]
+    assert node.default_layouts(8) == ["1x8", "2x4"]
+    assert node.default_layouts(2) == ["2x1", "1x2"]
     assert node.default_layouts(3) == ["1x3"]
     assert node.default_layouts(1) == ["1x1"]
