@@ -40,7 +40,10 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(str(error))
     if arguments.figures:
-        print(tables.text(json.loads(arguments.figures.read_text()), skips, given))
+        report = json.loads(arguments.figures.read_text())
+        if arguments.attention:
+            report = by_attention(report, arguments.attention)
+        print(tables.text(report, skips, given))
         return
     if arguments.device == "cuda":
         if not torch.cuda.is_available():
@@ -66,6 +69,18 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(1)
 
 
+def by_attention(report: dict[str, Any], backend: str) -> dict[str, Any]:
+    """The report as with a tuning table that names this 8-bit attention; exits where it has no row."""
+    results, row = dict(report["results"]), f"{tables.EIGHT}, attention by {backend}"
+    if row not in results:
+        sys.exit(f"--attention {backend}: the figures have no row {row!r}, only {', '.join(results)}")
+    before = results.pop(tables.EIGHT, None)
+    results[tables.EIGHT] = results.pop(row)
+    if before is not None:
+        results[f"{tables.EIGHT}, attention as chosen in that run"] = before
+    return report | {"results": results}
+
+
 def assumptions(arguments: argparse.Namespace) -> Assumptions:
     """What the model of a video takes from the flags. ValueError for what can't be."""
     return Assumptions(
@@ -87,6 +102,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quality", type=Path, help="what benchmarks.presets wrote: the skip patterns")
     parser.add_argument("--figures", type=Path, help="an earlier run's --json: model only, measure nothing")
+    parser.add_argument(
+        "--attention", help="with --figures: the preset's 8-bit attention, instead of that run's"
+    )
     parser.add_argument("--steps", type=int, default=Assumptions.steps, help="of the modelled video")
     parser.add_argument(
         "--communication", type=float, default=Assumptions.communication, help="exposed, of the blocks' time"

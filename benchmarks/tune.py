@@ -139,7 +139,7 @@ def main() -> None:
     device = torch.cuda.get_device_name()
     out = arguments.out or tables.FOLDER / tables.file_name(device)
     wanted = set(arguments.only) or {"norms", "vae", "gemm", "attention"}
-    ops = {op: dict(entries) for op, entries in tables.load(device).items()}
+    ops = {op: dict(entries) for op, entries in (tables.own(device) or {}).items()}
     with torch.no_grad():
         if wanted & {"norms", "vae", "gemm"}:
             workers = os.cpu_count() or 1

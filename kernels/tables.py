@@ -2,7 +2,8 @@
 
 A table is `kernels/tuned/<GPU name>.json`:
 {"device": ..., "measured": ..., "ops": {operation: {key: settings}}}.
-A GPU without one works with the defaults that each operation names, after one warning.
+A GPU without one takes that of a card with the same chip (`SIBLINGS`), else the defaults that each operation
+names, after one warning.
 """
 
 import json
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).parent / "tuned"
+# Cards whose table serves another of the same chip: processors, clocks and power alike, memory not.
+SIBLINGS = {"NVIDIA H100 80GB HBM3": "NVIDIA H200"}
 
 
 def file_name(device_name: str) -> str:
@@ -21,20 +24,31 @@ def file_name(device_name: str) -> str:
     return "".join(c if c.isalnum() or c in "-." else "_" for c in device_name) + ".json"
 
 
-@lru_cache(maxsize=16)
-def load(device_name: str, folder: Path = FOLDER) -> dict[str, dict[str, Any]]:
-    """The operations of a GPU's table; empty, with one warning a process, where none is shipped."""
+def own(device_name: str, folder: Path = FOLDER) -> dict[str, dict[str, Any]] | None:
+    """The operations of the table that was measured on this very GPU; None where there is none."""
     path = folder / file_name(device_name)
     if not path.is_file():
-        warnings.warn(
-            f"no tuning table {path.name} for {device_name!r}: kernels run with untuned settings; "
-            "make one with `reel bench tune`",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        return {}
+        return None
     ops: dict[str, dict[str, Any]] = json.loads(path.read_text())["ops"]
     return ops
+
+
+@lru_cache(maxsize=16)
+def load(device_name: str, folder: Path = FOLDER) -> dict[str, dict[str, Any]]:
+    """The operations of a GPU's table, or its sibling's; one warning a process where it has none."""
+    ops = own(device_name, folder)
+    if ops is not None:
+        return ops
+    sibling = SIBLINGS.get(device_name)
+    ops = own(sibling, folder) if sibling else None
+    instead = "untuned settings" if ops is None else f"the settings of {sibling!r}, which has the same chip"
+    warnings.warn(
+        f"no tuning table {file_name(device_name)} for {device_name!r}: kernels run with {instead}; "
+        "make one with `reel bench tune`",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return ops or {}
 
 
 @lru_cache(maxsize=256)

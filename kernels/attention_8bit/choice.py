@@ -1,7 +1,8 @@
 """Which 8-bit attention computes: ours, or one the table names as faster here (Hopper's own, a library's).
 
 A tuning table's entry of ("attention_8bit_backend", `table_key`) names the winner of a GPU and shape; without
-an entry it is ours. Whatever is named must first agree with the fp64 formula on a small odd-sized input.
+an entry it is ours (on Hopper the one in `hopper`). Whatever is named must first agree with the fp64 formula
+on a small odd-sized input.
 
 Shapes: B batch, L query tokens, T key tokens, H heads, K head dimension.
 """
@@ -81,10 +82,16 @@ def works(name: str, dtype: torch.dtype, head: int, device: torch.device) -> boo
     return True
 
 
+def usual(device: torch.device) -> str:
+    """Without a table's word: on Hopper the kernel for it, which the probe passes over where it can't run."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return HOPPER if hopper else OURS
+
+
 @lru_cache(maxsize=256)
 def choice(dtype: torch.dtype, head: int, tokens: int, device: torch.device) -> str:
     """The backend for so many keys on this device. RuntimeError where none gives right results."""
-    named = tables.setting(TABLE, table_key(head, tokens), device, {"backend": OURS})["backend"]
+    named = tables.setting(TABLE, table_key(head, tokens), device, {"backend": usual(device)})["backend"]
     for name in dict.fromkeys((named, OURS)):
         if name in BACKENDS and works(name, dtype, head, device):
             return str(name)

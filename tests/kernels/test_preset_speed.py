@@ -78,6 +78,12 @@ def test_the_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "quality floor MISSED" in printed
     preset_speed.main(["--figures", str(out), *given])
     assert capsys.readouterr().out == printed
+    with pytest.raises(SystemExit, match="--attention cudnn: the figures have no row"):
+        preset_speed.main(["--figures", str(out), "--attention", "cudnn", *given])
+    report["results"][f"{tables.EIGHT}, attention by cudnn"] = report["results"][tables.EIGHT] | {"ms": 1.25}
+    out.write_text(json.dumps(report))
+    preset_speed.main(["--figures", str(out), "--attention", "cudnn", *given])
+    assert "| 8bit | 1.25 |" in capsys.readouterr().out
 
 
 def test_a_wrong_or_failing_contestant_has_no_figure(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,21 @@ def test_unknown_gpu_warns_once(tmp_path: Path):
         assert tables.load("Some GPU 9000", tmp_path) == {}
 
 
+def test_a_card_of_the_same_chip_lends_its_table(tmp_path: Path):
+    """And says so; a table of its own comes first."""
+    lent, own = {"op": {"8": {"warps": 2}}}, {"op": {"8": {"warps": 4}}}
+    (tmp_path / "NVIDIA_H200.json").write_text(json.dumps({"device": "NVIDIA H200", "ops": lent}))
+    with pytest.warns(RuntimeWarning, match="the settings of 'NVIDIA H200', which has the same chip"):
+        assert tables.load("NVIDIA H100 80GB HBM3", tmp_path) == lent
+    assert tables.own("NVIDIA H100 80GB HBM3", tmp_path) is None
+    path = tmp_path / "NVIDIA_H100_80GB_HBM3.json"
+    path.write_text(json.dumps({"device": "NVIDIA H100 80GB HBM3", "ops": own}))
+    tables.load.cache_clear()
+    assert tables.load("NVIDIA H100 80GB HBM3", tmp_path) == own
+    for sibling in tables.SIBLINGS.values():
+        assert tables.own(sibling), f"{sibling} is to lend a table and has none"
+
+
 def test_a_table_is_read(tmp_path: Path):
     (tmp_path / "Toy.json").write_text(json.dumps({"device": "Toy", "ops": {"op": {"8": {"warps": 2}}}}))
     assert tables.load("Toy", tmp_path) == {"op": {"8": {"warps": 2}}}
