@@ -2,7 +2,9 @@
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,26 +64,34 @@ def tune_attention(quick: bool) -> dict[str, Any]:
     return entries
 
 
-def tune_tile_8bit(quick: bool) -> dict[str, Any]:
-    """Our 8-bit attention's fastest right tile at head dimension 128, on an 8-GPU share of 720p."""
-    from kernels.attention_8bit.triton import Tile, attention
+def tune_tiles_8bit(quick: bool) -> dict[str, Any]:
+    """Entries by operation: the fastest right tile of each of our 8-bit kernels at head dimension 128."""
+    from kernels.attention_8bit import triton
 
+    kernels = {"attention_8bit": (triton.attention, [triton.Tile(*tile) for tile in EIGHT_TILES])}
+    if eight.usual(torch.device("cuda")) == eight.HOPPER:
+        from kernels.attention_8bit import hopper
+
+        tiles = [hopper.Tile(), hopper.Tile(ping=True), hopper.Tile(magic=True), hopper.Tile(stages=6)]
+        kernels["attention_8bit_hopper"] = (hopper.attention, tiles)  # type: ignore[assignment]
     q, k, v = randn(3, 1, 9450 if quick else 75600, 5, 128).bfloat16().unbind(0)
     rows = torch.linspace(0, q.shape[1] - 1, 64, device=q.device).long()
     want = exact.attention(q[:, rows], k, v)
-    timed: list[tuple[float, Tile]] = []
-    for m, n, warps, stages in EIGHT_TILES:
-        tile = Tile(m, n, warps, stages)
-        error = float((attention(q, k, v, tile)[:, rows].double() - want).norm() / want.norm())
-        if not error < eight.TOLERANCE:
-            print(f"wrong result: 8-bit attention {tile}: relative error {error:.3g}", file=sys.stderr)
-            continue
-        timed.append((burst(lambda tile=tile: attention(q, k, v, tile), 200, 400), tile))  # type: ignore[misc]
-        print(
-            f"8-bit attention {tile}: {timed[-1][0]:.3f} ms, error {error:.4f}", file=sys.stderr, flush=True
-        )
-    best_ms, best = min(timed, key=lambda pair: pair[0])
-    return {"128": asdict(best) | {"ms": round(best_ms, 4)}}
+    entries: dict[str, Any] = {}
+    for op, (attend, tiles) in kernels.items():
+        timed = []
+        for tile in tiles:
+            call: Callable[[], Tensor] = partial(attend, q, k, v, tile)  # type: ignore[arg-type]
+            error = float((call()[:, rows].double() - want).norm() / want.norm())
+            if not error < eight.TOLERANCE:
+                print(f"wrong result: {op} {tile}: relative error {error:.3g}", file=sys.stderr)
+                continue
+            timed.append((burst(call, 200, 400), tile))
+            print(f"{op} {tile}: {timed[-1][0]:.3f} ms, error {error:.4f}", file=sys.stderr, flush=True)
+        if timed:
+            ms, best = min(timed, key=lambda pair: pair[0])
+            entries[op] = {"128": asdict(best) | {"ms": round(ms, 4)}}
+    return entries
 
 
 def tune_attention_8bit(quick: bool) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from benchmarks._tune_attention import (
     randn,
     tune_attention,
     tune_attention_8bit,
-    tune_tile_8bit,
+    tune_tiles_8bit,
     tune_wide_attention,
 )
 from benchmarks._tune_convolutions import tune_flat
@@ -157,8 +157,9 @@ def main() -> None:
             ops["vae_flat"] = tune_flat()
         if "attention" in wanted:
             ops.setdefault("attention", {}).update(tune_attention(arguments.quick))
-            ops["attention_8bit"] = tune_tile_8bit(arguments.quick)
-            force("attention_8bit", "128", ops["attention_8bit"]["128"])  # the rivals meet it at its best
+            for op, entries in tune_tiles_8bit(arguments.quick).items():
+                ops[op] = entries
+                force(op, "128", entries["128"])  # the rivals meet it at its best
             ops.setdefault(TABLE, {}).update(tune_attention_8bit(arguments.quick))
     table = {
         "device": device,

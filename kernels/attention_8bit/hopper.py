@@ -275,7 +275,8 @@ def attention(q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, tile: Tile | None 
     if not fits(q_BLHK, k_BTHK, v_BTHK):
         raise ValueError(f"q {tuple(q_BLHK.shape)}: expected heads of {HEAD_DIMENSION} on a Hopper GPU")
     if tile is None:
-        tile = Tile(**setting("attention_8bit_hopper", f"{HEAD_DIMENSION}", q_BLHK.device, {}))
+        tuned = setting("attention_8bit_hopper", f"{HEAD_DIMENSION}", q_BLHK.device, {})
+        tile = Tile(**{name: value for name, value in tuned.items() if name != "ms"})
     return run(operands(q_BLHK, k_BTHK, v_BTHK), q_BLHK.dtype, tile)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import _tune_attention
 from benchmarks._tune_attention import eight_entry, eight_fault
 from kernels import tables
 from kernels.attention import reference as exact
@@ -140,3 +141,24 @@ def test_the_scales_given_to_cudnn_add_up(
     given = cudnn_fp8.operands(q, k, v)
     assert given.q.is_contiguous()
     assert {x.shape for x in list(vars(given).values())[3:]} == {(1, 1, 1, 1)}
+
+
+def test_the_table_gets_the_fastest_right_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile with a wrong result is no candidate, however fast."""
+    from kernels.attention_8bit import triton
+
+    seen: list[triton.Tile] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, tile: triton.Tile) -> Tensor:
+        seen.append(tile)
+        return right(q, k, v) * (1.0 if tile.warps == 8 else 2.0)
+
+    monkeypatch.setattr(triton, "attention", attend)
+    monkeypatch.setattr(chosen, "usual", lambda device: OURS)
+    monkeypatch.setattr(_tune_attention, "randn", lambda *shape: torch.randn(3, 1, 40, 1, 128))
+    monkeypatch.setattr(
+        _tune_attention, "burst", lambda call, *_: float(call.args[3].n + call.args[3].stages)
+    )
+    entries = _tune_attention.tune_tiles_8bit(quick=True)
+    assert len(seen) == len(_tune_attention.EIGHT_TILES)
+    assert entries == {"attention_8bit": {"128": {"m": 128, "n": 64, "warps": 8, "stages": 4, "ms": 68.0}}}

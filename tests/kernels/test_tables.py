@@ -47,6 +47,7 @@ def test_shipped_tables_name_their_device_and_when():
         assert set(table["ops"]) <= {
             "norm_modulate", "qk_norm_rope", "rms_norm", "gemm", "attention", "vae_norm_silu", "vae_upsample",
             "wide_attention", "attention_8bit", "attention_8bit_backend", "vae_flat",
+            "attention_8bit_hopper",
         }  # fmt: skip
         for entry in table["ops"].get("gemm", {}).values():
             assert entry["backend"] in ("library", "triton")
