@@ -86,7 +86,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from kernels.vae_norm_silu import triton as module
 
-kernel = next(value for value in vars(module).values() if isinstance(value, triton.JITFunction))
+kernel = module._join_kernel
 began = time.perf_counter()
 signature = {name: "*bf16" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
 constants = {p.name: 16 for p in kernel.params if p.is_constexpr}

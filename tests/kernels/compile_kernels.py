@@ -24,13 +24,14 @@ POINTERS = {
     "vae": "*fp16", "upsample": "*fp16", "norm": "*fp32", "qk": "*bf16", "gemm": "*bf16", "wide": "*fp32",
 }  # fmt: skip
 JOIN = {"C": 96, "BLOCK_C": 128, "ROWS": 16, "SILU": True}
-FLAGS = ("BIAS", "SHORTCUT", "KEEP", "NORM", "PAST")
+FLAGS = ("BIAS", "SHORTCUT", "KEEP", "NORM", "PAST", "SPREAD")
 NORM = {"D": 5120, "BLOCK": 8192, "ROWS": 1, "OFFSET": 1.0, "ADD": True, "GATE": True}
 SETS = {"GATE_SHARED": True, "GATE_SETS": 1, "NORM_SHARED": True, "NORM_SETS": 1}
 PAIR = {"GATE_SHARED": False, "GATE_SETS": 2, "NORM_SHARED": False, "NORM_SETS": 2}
 QK = {"D": 5120, "K": 128, "RANKS": 8, "WIDTH": 384, "WIDTH_2": 256, "BLOCK": 8192, "ROWS": 1, "ROPE": True}
 CASES: list[tuple[str, Any, dict[str, Any], int]] = [
     ("vae", vae._join_kernel, JOIN | dict.fromkeys(FLAGS, True), 4),
+    ("vae", vae._join_kernel, JOIN | dict.fromkeys(FLAGS, True) | {"SPREAD": False}, 4),
     ("vae", vae._join_kernel, JOIN | dict.fromkeys(FLAGS, False), 4),
     ("upsample", upsample._interleave_kernel, {"C": 96, "BLOCK_C": 128, "ROWS": 32, "BIAS": True}, 4),
     ("wide", wide._exp_rows_kernel, {"BLOCK": 16384}, 16),
@@ -43,6 +44,7 @@ CASES: list[tuple[str, Any, dict[str, Any], int]] = [
 def build(kind: str, kernel: Any, constants: dict[str, Any], warps: int) -> str:
     """The PTX, with all sizes and pointers multiples of 16."""
     names = kernel.arg_names
+    assert {param.name for param in kernel.params if param.is_constexpr} == set(constants)
     signature = {
         name: "constexpr" if name in constants
         else POINTERS[kind] if name.endswith("_ptr")
