@@ -14,18 +14,18 @@ COLOURS = {
     "products": "#d08a2e",
     "elementwise": "#6aa84f",
     "copies": "#8e6bb0",
-    "idle": "#bbb",
 }
 ROW, BAR, LEFT, WIDTH = 34, 22, 270, 560  # pixels: row pitch, bar height, label column, longest bar
 
 
 def parts_of(result: dict[str, Any]) -> dict[str, float]:
-    """Milliseconds by kind, scaled to the sustained time where the profile's sum exceeds it."""
-    parts = {kind: result["parts"].get(kind, 0.0) for kind in COLOURS if kind != "idle"}
+    """The sustained milliseconds by kind, in the proportions of the profile.
+
+    Work is queued ahead, so nothing idles; the profile comes after a pause, at a clock 5 % higher.
+    """
+    parts = {kind: result["parts"].get(kind, 0.0) for kind in COLOURS}
     total = sum(parts.values())
-    if total > result["ms"]:
-        return {kind: ms * result["ms"] / total for kind, ms in parts.items()} | {"idle": 0.0}
-    return parts | {"idle": result["ms"] - total}
+    return {kind: ms * result["ms"] / total for kind, ms in parts.items()}
 
 
 def text(x: float, y: float, content: str, anchor: str = "start", weight: str = "normal") -> str:
