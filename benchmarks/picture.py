@@ -21,7 +21,7 @@ ROW, BAR, LEFT, WIDTH = 34, 22, 270, 560  # pixels: row pitch, bar height, label
 def parts_of(result: dict[str, Any]) -> dict[str, float]:
     """The sustained milliseconds by kind, in the proportions of the profile.
 
-    Work is queued ahead, so nothing idles; the profile comes after a pause, at a clock 5 % higher.
+    Work is queued ahead, so nothing idles; the profile comes after a pause, at a higher clock.
     """
     parts = {kind: result["parts"].get(kind, 0.0) for kind in COLOURS}
     total = sum(parts.values())
