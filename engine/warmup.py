@@ -18,6 +18,7 @@ from engine.conditioning import Conditioning
 from engine.dit import DiT, TextKV
 from engine.images import size_by_area
 from engine.pipeline import Pipeline
+from engine.presets import EightBit
 from engine.tracker import Tracker
 
 log = logging.getLogger(__name__)
@@ -107,9 +108,11 @@ def _steps(pipeline: Pipeline, latents: Tensor, size: tuple[int, int], text_2TE:
 
 
 def _steps_in_8_bits(pipeline: Pipeline, latents: Tensor, size: tuple[int, int], text_2TE: Tensor) -> None:
-    """The same by every preset in 8 bits that is offered: it has kernels of its own."""
+    """The same by every preset in 8 bits that is offered: it has kernels of its own. Alike ones run once."""
+    done: list[EightBit] = []
     for preset in pipeline.spec.presets:
-        if preset.eight_bit is not None and not preset.refused:
+        if preset.eight_bit is not None and preset.eight_bit not in done and not preset.refused:
+            done.append(preset.eight_bit)
             with pipeline.eight.using(preset):
                 pipeline.eight.at_step(preset.eight_bit.first_steps)
                 _steps(pipeline, latents, size, text_2TE)
