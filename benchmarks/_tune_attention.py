@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks._measure import burst
+from benchmarks._verify import sampled_error
 from kernels.attention import BACKENDS, Choice, probe
-from kernels.attention import reference as exact
 from kernels.attention_8bit import choice as eight
 
 SELF_ATTENTION: list[Choice] = [
@@ -75,14 +75,12 @@ def tune_tiles_8bit(quick: bool) -> dict[str, Any]:
         tiles = [hopper.Tile(), hopper.Tile(ping=True), hopper.Tile(magic=True), hopper.Tile(stages=6)]
         kernels["attention_8bit_hopper"] = (hopper.attention, tiles)  # type: ignore[assignment]
     q, k, v = randn(3, 1, 9450 if quick else 75600, 5, 128).bfloat16().unbind(0)
-    rows = torch.linspace(0, q.shape[1] - 1, 64, device=q.device).long()
-    want = exact.attention(q[:, rows], k, v)
     entries: dict[str, Any] = {}
     for op, (attend, tiles) in kernels.items():
         timed = []
         for tile in tiles:
             call: Callable[[], Tensor] = partial(attend, q, k, v, tile)  # type: ignore[arg-type]
-            error = float((call()[:, rows].double() - want).norm() / want.norm())
+            error = sampled_error(call(), q, k, v)
             if not error < eight.TOLERANCE:
                 print(f"wrong result: {op} {tile}: relative error {error:.3g}", file=sys.stderr)
                 continue
@@ -114,11 +112,9 @@ def tune_attention_8bit(quick: bool) -> dict[str, Any]:
 
 def eight_fault(name: str, backend: eight.Attend, q: Tensor, k: Tensor, v: Tensor) -> str:
     """What is wrong with a backend by the probe, or at this real length on a few queries; "" for nothing."""
-    rows = torch.linspace(0, q.shape[1] - 1, 64, device=q.device).long()
     try:
         small = eight.probe(name, q.dtype, q.shape[-1], q.device)
-        want = exact.attention(q[:, rows], k, v)
-        real = float((backend(q, k, v)[:, rows].double() - want).norm() / want.norm())
+        real = sampled_error(backend(q, k, v), q, k, v)
     except Exception as failure:  # a library that isn't there is no candidate
         return f"{type(failure).__name__}: {failure}"
     print(f"8-bit attention {name}: relative error {small:.4f}, at {q.shape[1]} {real:.4f}", file=sys.stderr)

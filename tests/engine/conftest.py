@@ -12,15 +12,14 @@ from engine.load import load_pipeline
 from engine.pipeline import Pipeline
 from engine.tiny import make_tiny
 from tests.engine.checkpoints import write_image_model
+from tests.support import threads
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Tiny tensors: threads only wait for one another, and other suites use the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads.one_thread():
+        yield
 
 
 @pytest.fixture

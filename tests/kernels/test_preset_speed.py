@@ -19,6 +19,7 @@ from engine.kept_attention import KeptAttention
 from engine.presets import EightBit
 from kernels import attention_8bit
 from kernels.fp8_gemm import Rows
+from tests.support import threads
 
 ALL = EightBit(keep_blocks=())
 
@@ -26,10 +27,8 @@ ALL = EightBit(keep_blocks=())
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Tiny tensors: threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads.one_thread():
+        yield
 
 
 @pytest.fixture

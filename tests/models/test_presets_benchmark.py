@@ -14,15 +14,14 @@ from benchmarks import calibrate, presets
 from benchmarks._similarity import feature_distance, psnr_db, ssim
 from engine.tiny import make_tiny
 from models.demo.train.classifier import CHECKPOINT, Classifier
+from tests.support import threads
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     """Tiny tensors: threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads.one_thread():
+        yield
 
 
 @pytest.fixture
