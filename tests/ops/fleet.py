@@ -5,9 +5,11 @@ import io
 import json
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
+from pydantic import SecretStr
 
 from infra.client import ReelClient
 from infra.receiver import Receiver
@@ -17,6 +19,7 @@ from jobs.events import read_events
 from jobs.job import Job
 from jobs.nodes import NodeInfo, NodeRegistry
 from jobs.settings import Settings
+from jobs.storage import ObjectStore
 from jobs.store import JobStore
 from tests.ops.compose import Deployment, Process, until
 
@@ -25,6 +28,13 @@ NODE = {"REEL_NODE_RANKS": "1", "REEL_LEASE_SECONDS": LEASE, "REEL_DRAIN_SECONDS
 # What the tests set beside the compose file: short leases, and callbacks to this machine's own receiver.
 QUICK = {"REEL_LEASE_SECONDS": LEASE, "REEL_ALLOW_LOOPBACK_CALLBACKS": "true"}
 STEPS = 60  # of a tiny video: about half a second of one core
+
+
+def bucket(deployment: Deployment) -> ObjectStore:
+    """The deployment's bucket, as its operator uses it."""
+    secret = Path(deployment.secret("s3_secret_ops")).read_text()
+    endpoint = deployment.url("s3")
+    return ObjectStore(Settings(s3_endpoint=endpoint, s3_access_key="ops", s3_secret_key=SecretStr(secret)))
 
 
 class Fleet:

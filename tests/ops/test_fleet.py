@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from tests.ops.compose import ROOT, Deployment, Process, until
-from tests.ops.fleet import NODE, QUICK, Fleet
+from tests.ops.fleet import NODE, QUICK, Fleet, bucket
 
 DATA = Path(__file__).parent / "data"
 MAY_BE_EMPTY = {
@@ -59,6 +59,18 @@ def nodes() -> dict[str, Process]:
     return {}
 
 
+def test_s3_is_healthy_only_when_it_takes_requests(tmp_path: Path) -> None:
+    """Its master is up seconds before its gateway is; the API and the nodes start on that check's word."""
+    (tmp_path / "model").mkdir()
+    one = Deployment(tmp_path, tmp_path / "model")
+    try:
+        one.start("s3")
+        until(lambda: one.healthy("s3"), 60, "S3")
+        bucket(one).ensure_bucket()
+    finally:
+        one.close()
+
+
 def test_the_last_release_and_todays_code_share_one_queue(
     deployment: Deployment, fleet: Fleet, previous: Path, nodes: dict[str, Process]
 ) -> None:
@@ -70,11 +82,14 @@ def test_the_last_release_and_todays_code_share_one_queue(
     port = str(deployment.free_port())
     # That release had one S3 user with all rights, as only the operator's is today.
     user = {"REEL_S3_ACCESS_KEY": "ops", "REEL_S3_SECRET_KEY_FILE": deployment.secret("s3_secret_ops")}
+    # That release's node made the bucket, and its API ended where it was first; its container started again.
+    bucket(deployment).ensure_bucket()
     old_api = deployment.start("api", "api-old", code=previous, REEL_API_PORT=port, **QUICK, **user)
     old_worker = deployment.start("celery-worker", "celery-worker-old", code=previous, **QUICK, **user)
     nodes["old"] = fleet.node("old", code=previous, **user)
     for service in ("celery-beat", "exporter", "prometheus"):
         deployment.start(service, **QUICK)
+    until(lambda: deployment.healthy("api", REEL_API_PORT=port), 60, lambda: f"the old API: {old_api.said()}")
     fleet.serving("old")
     old_url = f"http://127.0.0.1:{port}"
     first = fleet.submit(4, old_url)
