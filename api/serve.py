@@ -1,4 +1,4 @@
-"""``reel api``: checks what the API needs, then serves until told to stop."""
+"""``reel api``: waits for what the API needs, then serves until told to stop."""
 
 import os
 import signal
@@ -9,11 +9,9 @@ import uvicorn
 
 from api.app import create_app
 from api.services import Services
-from jobs.client import connect, guard
-from jobs.errors import StorageUnavailable, StoreUnavailable
 from jobs.log import setup_logging
 from jobs.settings import Settings
-from jobs.storage import ObjectStore
+from jobs.startup import Missing, redis_missing, storage_missing, wait_for
 
 GRACE_SECONDS = 15  # for answers that are still being sent after SIGTERM
 
@@ -32,37 +30,15 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def check(settings: Settings) -> str | None:
-    """What is missing, in one line that says what to do; None when Redis and S3 answer."""
-    where = settings.redis_url.rsplit("@", 1)[-1]  # without a password
-    try:
-        client = connect(settings)
-        with guard():
-            client.ping()
-        client.close()
-    except StoreUnavailable as error:
-        return f"Redis at {where} cannot be reached ({_short(error)}); check REEL_REDIS_URL"
-    try:
-        if not ObjectStore(settings).ready():
-            return f"S3 has no bucket {settings.s3_bucket!r}; make it, or check REEL_S3_BUCKET"
-    except StorageUnavailable as error:
-        return f"S3 cannot be used: {_short(error)}"
-    if settings.secret_key is None:
-        return "REEL_SECRET_KEY is not set; give the API a random value of 32 characters or more"
-    return None
-
-
-def _short(error: Exception) -> str:
-    """The error's text on one line."""
-    return " ".join(str(error).split())[:300]
-
-
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Exits with 1 and one line on stderr when a dependency is missing."""
-    missing = check(settings)
-    if missing:
+    try:
+        if settings.secret_key is None:
+            raise Missing("REEL_SECRET_KEY is not set; give the API a random value of 32 characters or more")
+        wait_for(settings, "api", redis_missing, storage_missing)
+    except Missing as missing:
         print(f"reel api: {missing}", file=sys.stderr, flush=True)
-        raise SystemExit(1)
+        raise SystemExit(1) from None
     setup_logging("api", settings.log_level)
     app = create_app(settings)
     config = uvicorn.Config(

@@ -20,6 +20,8 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="REEL_", frozen=True, extra="ignore")
 
+    start_seconds: float = Field(20.0, ge=0)  # how long a starting role waits for Redis, S3 and the bucket
+
     # Redis
     redis_url: str = "redis://127.0.0.1:6379/0"
     redis_timeout: Seconds = 5.0  # one command's connect and read timeout, seconds

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from engine.config import Canceled, GenerationRequest
 from engine.errors import OutOfMemory, RequestError
+from jobs.client import connect
 from jobs.job import FailureClass, Job
+from jobs.store import JobStore
 from worker.build import builder
-from worker.connect import open_store
 from worker.estimate import History
 from worker.manifest import manifest_of
 from worker.plan import NodePlan
@@ -46,7 +47,7 @@ class Rank:
         began = time.monotonic()
         self._pipeline = builder(self.plan.settings.engine)(self.plan, self.index, rendezvous)
         if self.index == 0:
-            self._store = open_store(self.plan.settings)
+            self._store = JobStore(connect(self.plan.settings), self.plan.settings)
         log.info("rank %d ready in %.1f s on %s", self.index, time.monotonic() - began, self.plan.device)
         return Loaded(self._pipeline.spec, os.getpid())
 

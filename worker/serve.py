@@ -1,5 +1,6 @@
 """The worker roles' entry points, for the command line: `run_node` and `run_celery`."""
 
+import logging
 import os
 import secrets
 import socket
@@ -9,8 +10,10 @@ from pathlib import Path
 
 from jobs.log import setup_logging
 from jobs.settings import Settings
-from worker.connect import Unreachable, check_redis, check_storage, prepare_bucket
+from jobs.startup import Missing, made_bucket_missing, redis_missing, storage_missing, wait_for
 from worker.plan import NodePlan, ranks_and_device, threads_per_rank
+
+log = logging.getLogger(__name__)
 
 
 def run_node(settings: Settings, model_path: Path, name: str | None = None) -> int:
@@ -22,10 +25,9 @@ def run_node(settings: Settings, model_path: Path, name: str | None = None) -> i
 
     setup_logging("node", settings.log_level)
     try:
-        check_redis(settings)
-        check_storage(settings)
+        wait_for(settings, "node", redis_missing, storage_missing)
         plan = make_plan(settings, model_path, name)
-    except (Unreachable, ValueError, OSError) as error:
+    except (Missing, ValueError, OSError) as error:
         return _refuse("node", error)
     return Supervisor(plan).run()
 
@@ -36,15 +38,18 @@ def run_celery(settings: Settings, role: str = "all") -> int:
 
     setup_logging("celery", settings.log_level)
     try:
-        check_redis(settings)
         if role not in ("worker", "beat", "all"):
             raise ValueError(f"role {role!r} is unknown; use worker, beat or all")
         if settings.secret_key is None and role != "beat":
             raise ValueError("webhooks can't be signed without REEL_SECRET_KEY (the API's own); set it")
-    except (Unreachable, ValueError) as error:
+        wait_for(settings, "celery", redis_missing)
+    except (Missing, ValueError) as error:
         return _refuse("celery", error)
     if role != "beat":
-        prepare_bucket(settings)
+        try:
+            wait_for(settings, "celery", made_bucket_missing)
+        except Missing as missing:  # webhooks need none
+            log.warning("the bucket can't be made now: %s", missing)
     return serve(settings, role)
 
 

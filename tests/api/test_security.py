@@ -182,6 +182,7 @@ def test_start_without_a_service_is_one_line(settings: Settings) -> None:
         "REEL_SECRET_KEY": "x" * 40,
         "REEL_API_PORT": "0",
         "REEL_REDIS_TIMEOUT": "1",
+        "REEL_START_SECONDS": "0",
     }
     command = [sys.executable, "-m", "api.serve"]
     started = [
