@@ -88,19 +88,28 @@ def field_problems(
 ) -> list[FieldProblem]:
     """pydantic's errors as one entry a field.
 
-    expected: for each field the words that tell what is allowed, instead of pydantic's own.
+    expected: for each field (`loras.*.name`: in each item of a list) the words that tell what is allowed,
+    instead of pydantic's own.
     """
     found: dict[str, FieldProblem] = {}
     for error in errors:
         loc = error["loc"] or ("body",)
-        top = str(loc[0])
-        words = expected.get(top)
-        # With words of our own a field is one entry, whichever branch of a union refused it.
-        name = top if words else ".".join(str(part) for part in loc)
+        top, name = str(loc[0]), ".".join(str(part) for part in loc)
+        general = ".".join("*" if isinstance(part, int) else str(part) for part in loc)
+        words, came = expected.get(general), error["input"]
         if error["type"] == "extra_forbidden":
-            name, words = top, f"no such field; known are {', '.join(sorted(model.model_fields))}"
-        got = (
-            "nothing" if error["type"] == "missing" else shorten(value.get(top) if words else error["input"])
-        )
+            words = f"no such field; known are {', '.join(_siblings(general, model, expected))}"
+        elif words is None and top in expected:
+            # With words of our own a field is one entry, whichever branch of a union refused it.
+            name, words, came = top, expected[top], value.get(top)
+        got = "nothing" if error["type"] == "missing" else shorten(came)
         found.setdefault(name, FieldProblem(shorten(name), got, words or str(error["msg"])))
     return list(found.values())
+
+
+def _siblings(name: str, model: type[BaseModel], expected: Mapping[str, str]) -> list[str]:
+    """The fields that are known beside an unknown one."""
+    around = name.rpartition(".")[0]
+    if not around:
+        return sorted(model.model_fields)
+    return sorted(other.removeprefix(f"{around}.") for other in expected if other.startswith(f"{around}."))

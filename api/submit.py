@@ -80,8 +80,8 @@ def check(svc: Services, key: ApiKey, data: Mapping[str, Any]) -> tuple[JobIn, V
         try:
             request = parse_and_resolve({name: data[name] for name in VIDEO_FIELDS & data.keys()}, card)
         except InvalidRequest as error:
-            for item in error.problems:
-                wrong.setdefault(item.field.split(".")[0], item)
+            named = {field.split(".")[0] for field in wrong}
+            wrong |= {item.field: item for item in error.problems if item.field.split(".")[0] not in named}
     if body is not None:
         _check_callback(svc, body.callback_url, wrong)
         if request is not None and body.image is not None and not wrong:

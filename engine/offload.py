@@ -129,10 +129,13 @@ class ExpertExchange:
         if forward:
             self._forwards -= 1
         leaving = forward and self._forwards == 0 and self._upcoming is not None
+        # Where the step before made fewer forwards than foreseen (it reused some), nothing has left yet. All
+        # are sent for at once, so that each copy runs under the blocks before it.
+        late = [index for index, at in enumerate(self._at) if at is not expert]
+        for index in late:
+            self._exchange(index)
+        self.exchanged_late += len(late)
         for index in range(len(self._at)):
-            if self._at[index] is not expert:
-                self._exchange(index)
-                self.exchanged_late += 1
             ready = self._ready[index]
             if ready is not None:
                 torch.cuda.current_stream(self.device).wait_event(ready)

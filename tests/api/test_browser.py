@@ -272,6 +272,8 @@ def test_quality_and_loras(desk: Desk) -> None:
     page.click("#submit")
     page.wait_for_selector("#loras-error:not(:empty)")
     assert "-10 to 10" in page.text_content("#loras-error")
+    marked = page.eval_on_selector_all(".lora [aria-invalid=true]", "found => found.map((one) => one.name)")
+    assert marked == ["strength"]  # of the first row alone
     page.fill(".lora:first-child [name=strength]", "0.5")
     NodeRegistry(desk.store.redis).publish_model(card(presets=presets, loras=["oil"]))  # ink is gone
     page.click("#submit")

@@ -67,6 +67,30 @@ def test_loras_come_back_with_their_defaults(client: httpx.Client, redis: RedisC
     assert "ink" in refused.json()["errors"][0]["expected"]
 
 
+def test_each_wrong_lora_is_named_by_its_place(client: httpx.Client, redis: RedisClient) -> None:
+    NodeRegistry(redis).publish_model(card(loras=["ink"]))
+    loras: list[object] = [
+        {"name": "ink", "strength": 99},
+        {"name": "ink"},
+        {"name": "ink", "expert": "middle", "path": "/etc"},
+        {"strength": 1},
+        "ink",
+    ]
+    refused = client.post("/v1/jobs", json={"prompt": PROMPT, "loras": loras})
+    assert refused.status_code == 422
+    errors = {error["field"]: (error["got"], error["expected"]) for error in refused.json()["errors"]}
+    assert errors == {
+        "loras.0.strength": ("99", "a number from -10 to 10"),
+        "loras.2.expert": ("middle", "one of both, high, low"),
+        "loras.2.path": ("/etc", "no such field; known are expert, name, strength"),
+        "loras.3.name": ("nothing", "a LoRA's name, as `GET /v1/models` lists them"),
+        "loras.4": ("ink", errors["loras.4"][1]),
+    }
+    assert "strength" in errors["loras.4"][1]
+    unknown = client.post("/v1/jobs", json={"prompt": PROMPT, "loras": [{"name": "oil"}, {"name": "chalk"}]})
+    assert [error["field"] for error in unknown.json()["errors"]] == ["loras.0.name", "loras.1.name"]
+
+
 PRESETS = [
     PresetCard(name="lossless"),
     PresetCard(name="8bit", summary="8 bits"),

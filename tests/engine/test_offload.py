@@ -1,6 +1,7 @@
 """One expert in host memory: the same video to the bit, whatever happened before."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from engine.config import Canceled, LoraUse
 from engine.load import load_pipeline
 from engine.offload import ExpertExchange
 from engine.pipeline import Pipeline
+from engine.presets import CACHED, ONLY_LOSSLESS, Preset, Reuse
 from engine.requests import resolve
 from tests.engine.loras import write_lora
 from tests.engine.sinks import Frames
@@ -23,10 +25,17 @@ def exchanging(tiny: Path, pipeline: Pipeline, tmp_path_factory: pytest.TempPath
     return load_pipeline(tiny, device="cpu", rung="host", loras=folder)
 
 
-def video(pipeline: Pipeline, steps: int = 8, *loras: LoraUse) -> np.ndarray:
+def video(pipeline: Pipeline, steps: int = 8, *loras: LoraUse, quality: str = "lossless") -> np.ndarray:
     """With 8 steps of shift 1 both experts work: t = 999 ... 124, boundary 875."""
     request = resolve(
-        pipeline.spec, "a cat", frame_num=5, sampling_steps=steps, shift=1.0, seed=4, loras=loras
+        pipeline.spec,
+        "a cat",
+        frame_num=5,
+        sampling_steps=steps,
+        shift=1.0,
+        seed=4,
+        loras=loras,
+        quality=quality,
     )
     sink = Frames()
     pipeline.generate(request, sink)
@@ -100,6 +109,20 @@ def test_a_failure_within_a_step_leaves_them_right(
             video(exchanging)
     assert calls == 8
     assert np.array_equal(video(exchanging), expected)
+
+
+def test_where_the_step_before_reused_its_forwards_the_blocks_come_late_and_right(
+    pipeline: Pipeline, exchanging: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = Reuse(step_threshold=1e9, guidance_threshold=1e9, max_reuse=2, first=1, last=1)
+    spec = replace(exchanging.spec, presets=(*ONLY_LOSSLESS, Preset(CACHED, "", reuse=rule)))
+    plain, before = one_by_one(pipeline), late(exchanging)
+    with monkeypatch.context() as patch:
+        patch.setattr(exchanging, "spec", spec)
+        patch.setattr(plain, "spec", spec)
+        assert np.array_equal(video(exchanging, 24, quality=CACHED), video(plain, 24, quality=CACHED))
+    assert late(exchanging) > before  # a reused step made none leave
+    assert np.array_equal(video(exchanging), video(plain))
 
 
 def test_loras_come_and_go_on_both_sides(pipeline: Pipeline, exchanging: Pipeline) -> None:
