@@ -1,6 +1,7 @@
 """Makes a tuning table for this GPU: per op and shape the fastest of our settings and the library's.
 
     python -m benchmarks.tune [--out kernels/tuned/NAME.json] [--quick]
+    python -m benchmarks.tune --only norms vae & python -m benchmarks.tune --only gemm    side by side
 
 Candidates are ranked by bursts (the same power state for all); a candidate whose result is wrong is left
 out. For a product the table says which backend won and keeps both times, so a kernel of ours that loses
@@ -9,7 +10,6 @@ stays out of the hot path and the table shows by how much.
 
 import argparse
 import datetime
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -132,14 +132,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, help="the table's file; default: beside the shipped ones")
     parser.add_argument("--quick", action="store_true", help="a few products and a short sequence")
-    parser.add_argument("--only", nargs="*", default=[], help="operations to tune; others keep their entries")
+    parser.add_argument("--only", nargs="*", default=[], help="operations to tune; others keep theirs")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks.tune needs a CUDA GPU; torch sees none")
     device = torch.cuda.get_device_name()
     out = arguments.out or tables.FOLDER / tables.file_name(device)
     wanted = set(arguments.only) or {"norms", "vae", "gemm", "attention"}
-    ops = {op: dict(entries) for op, entries in (tables.own(device) or {}).items()}
+    ops: dict[str, dict[str, Any]] = {}
     with torch.no_grad():
         if wanted & {"norms", "vae", "gemm"}:
             workers = os.cpu_count() or 1
@@ -161,12 +161,7 @@ def main() -> None:
                 ops[op] = entries
                 force(op, "128", entries["128"])  # the rivals meet it at its best
             ops.setdefault(TABLE, {}).update(tune_attention_8bit(arguments.quick))
-    table = {
-        "device": device,
-        "measured": f"{datetime.date.today()}, torch {torch.__version__}, bursts",
-        "ops": ops,
-    }
-    out.write_text(json.dumps(table, indent=1) + "\n")
+    tables.update(out, device, f"{datetime.date.today()}, torch {torch.__version__}, bursts", ops)
     print(out)
 
 

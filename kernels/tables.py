@@ -6,7 +6,9 @@ A GPU without one takes that of a card with the same chip (`SIBLINGS`), else the
 names, after one warning.
 """
 
+import fcntl
 import json
+import os
 import warnings
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +24,27 @@ SIBLINGS = {"NVIDIA H100 80GB HBM3": "NVIDIA H200"}
 def file_name(device_name: str) -> str:
     """The table's file name of a GPU, as torch names it: "NVIDIA H200" -> "NVIDIA_H200.json"."""
     return "".join(c if c.isalnum() or c in "-." else "_" for c in device_name) + ".json"
+
+
+def update(path: Path, device_name: str, measured: str, ops: dict[str, dict[str, Any]]) -> None:
+    """Put what was measured into the table at `path`, entry by entry: what `ops` doesn't name stays.
+
+    A new file begins with the GPU's shipped table. Several runs that measure different operations side by
+    side may write the same table.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)  # its lock leaves no file behind
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        known = json.loads(path.read_text())["ops"] if path.is_file() else own(device_name) or {}
+        for op, entries in ops.items():
+            known.setdefault(op, {}).update(entries)
+        table = {"device": device_name, "measured": measured, "ops": known}
+        draft = path.with_suffix(".part")
+        draft.write_text(json.dumps(table, indent=1) + "\n")
+        draft.replace(path)
+    finally:
+        os.close(folder)
 
 
 def own(device_name: str, folder: Path = FOLDER) -> dict[str, dict[str, Any]] | None:

@@ -2,6 +2,9 @@
 
 import json
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -35,6 +38,36 @@ def test_a_card_of_the_same_chip_lends_its_table(tmp_path: Path):
 def test_a_table_is_read(tmp_path: Path):
     (tmp_path / "Toy.json").write_text(json.dumps({"device": "Toy", "ops": {"op": {"8": {"warps": 2}}}}))
     assert tables.load("Toy", tmp_path) == {"op": {"8": {"warps": 2}}}
+
+
+def test_runs_side_by_side_lose_nothing_of_each_other(tmp_path: Path) -> None:
+    """Four processes add an operation each to one table, and two its entries."""
+    path = tmp_path / "deeper" / "X.json"
+    tables.update(path, "X", "long ago", {"gemm": {"a": {"ms": 1}, "b": {"ms": 2}}})
+    with ProcessPoolExecutor(4, mp_context=get_context("spawn")) as pool:
+        list(pool.map(partial(_measured, path), range(8)))
+    found = json.loads(path.read_text())
+    assert found["device"] == "X"
+    assert found["measured"] == "today"
+    assert found["ops"] == {"gemm": {"a": {"ms": 7}, "b": {"ms": 2}}} | {
+        f"op{n}": {"k": {"ms": n}} for n in range(8)
+    }
+    assert [one.name for one in path.parent.iterdir()] == ["X.json"]
+
+
+def _measured(path: Path, number: int) -> None:
+    more = {"gemm": {"a": {"ms": 7}}} if number % 4 == 0 else {}
+    tables.update(path, "X", "today", {f"op{number}": {"k": {"ms": number}}} | more)
+
+
+def test_a_new_file_begins_with_the_shipped_table(tmp_path: Path) -> None:
+    device = "NVIDIA H200"
+    shipped = tables.own(device)
+    assert shipped is not None
+    tables.update(tmp_path / "new.json", device, "today", {"gemm": {"a": {"ms": 1}}})
+    found = json.loads((tmp_path / "new.json").read_text())["ops"]
+    assert found["gemm"].pop("a") == {"ms": 1}
+    assert found == shipped
 
 
 def test_shipped_tables_name_their_device_and_when():
