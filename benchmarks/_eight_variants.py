@@ -14,7 +14,8 @@ from torch import Tensor
 from benchmarks._measure import Step
 from benchmarks._variants import Attend, Inputs, ShareSequence, own_sequence, run_fused
 from engine import fused
-from engine.dit import Block, DiT
+from engine.dit import DiT
+from engine.dit_block import Block
 from engine.eight_bit import PRODUCTS, EightBitBlocks, Switch, Weights
 from engine.kept_attention import KeptAttention
 from kernels import attention_8bit, fp8_gemm, gemm

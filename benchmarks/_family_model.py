@@ -11,7 +11,8 @@ from benchmarks._family_bench import Bench, say
 from benchmarks._random_model import random_pipeline
 from engine.conditioning import Conditioning
 from engine.config import GenerationRequest
-from engine.dit import DiT, TextKV
+from engine.dit import DiT
+from engine.dit_block import TextKV
 from engine.memory import GIB, MemoryPlan, Rung
 from engine.pipeline import Pipeline
 from engine.requests import resolve

@@ -26,7 +26,8 @@ from benchmarks._verify import WrongResult, relative_error
 from engine.attention import Attend, pick_attend, sdpa
 from engine.conditioning import make_conditioning, output_size
 from engine.config import GenerationRequest
-from engine.dit import DiT, TextKV
+from engine.dit import DiT
+from engine.dit_block import TextKV
 from engine.ladder import plan_memory
 from engine.load import capability
 from engine.parallel.mesh import Mesh

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.dit import Block
+from engine.dit_block import Block
 from engine.rope import axis_dims
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]

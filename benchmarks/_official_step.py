@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks._official import Attend, OfficialBlock, complex_rope
-from engine.dit import Block, DiT, TextKV
+from engine.dit import DiT
+from engine.dit_block import Block, TextKV
 from engine.parallel.collectives import all_gather
 
 

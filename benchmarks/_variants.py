@@ -19,7 +19,7 @@ from benchmarks._official import OfficialBlock, complex_rope
 from engine import fused
 from engine.attention import QKV, Overlap
 from engine.config import DiTConfig
-from engine.dit import Block
+from engine.dit_block import Block
 from engine.rope import rope_table
 from kernels import gemm
 from kernels.attention import choose

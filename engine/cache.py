@@ -24,7 +24,8 @@ from torch import Tensor
 from engine import ops
 from engine.conditioning import Conditioning
 from engine.config import Work
-from engine.dit import DiT, TextKV
+from engine.dit import DiT
+from engine.dit_block import TextKV
 from engine.kept_attention import KeptAttention
 from engine.parallel.mesh import Mesh
 from engine.presets import Preset, Reuse

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from engine.attention import Attend, AttentionRun, Sequence
 from engine.config import LoraUse
-from engine.dit import Block
+from engine.dit_block import Block
 from engine.fused import SEND_ORDER, Stream
 from engine.kept_attention import attend_in_turns
 from engine.number_format import FORMATS, Format, Operand

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from engine.attention import Attend
 from engine.config import DiTConfig
-from engine.dit import Block, DiT
+from engine.dit import DiT
+from engine.dit_block import Block
 from engine.eight_bit import EightBitBlocks, Switch
 from engine.number_format import FORMATS, Format
 from engine.presets import E4M3, NVFP4, EightBit, Preset

@@ -1,4 +1,4 @@
-"""The blocks on fused kernels: the same formulas as `engine.dit.Block`, fewer passes over memory.
+"""The blocks on fused kernels: the same formulas as `engine.dit_block.Block`, fewer passes over memory.
 
 What is fused: each branch's joining of the fp32 residual with the norm of the next branch (so the last
 branch of a block stays pending until the next block or the head); q, k and v in one product; RMSNorm, RoPE
@@ -24,7 +24,8 @@ from kernels.qk_norm_rope import norm_rope, qk_norm_rope, rms_norm
 
 if TYPE_CHECKING:
     from engine.attention import QKV, AttentionRun, Sequence
-    from engine.dit import Block, CrossAttention, Head, SelfAttention, TextKV
+    from engine.dit import Head
+    from engine.dit_block import Block, CrossAttention, SelfAttention, TextKV
 
 DONE: Final = object()
 Copy = TypeVar("Copy")  # of the residual stream: a tensor, or what stands for one in 8 bits

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from engine.dit import Block, DiT
+    from engine.dit import DiT
+    from engine.dit_block import Block
 
 
 class KeptAttention:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from engine.config import DiTConfig
-from engine.dit import Block, DiT, stays_fp32
+from engine.dit import DiT, stays_fp32
+from engine.dit_block import Block
 from engine.eight_bit import Weights, hold
 from engine.errors import CheckpointError
 from engine.layout import Layout, Part

@@ -10,7 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from engine import fused
-from engine.dit import Block, DiT
+from engine.dit import DiT
+from engine.dit_block import Block
 from engine.memory import BOUNCE, is_sharded
 from engine.parallel.mesh import Mesh
 from engine.text_encoder import TextEncoder

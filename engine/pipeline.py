@@ -24,7 +24,8 @@ from engine.config import (
     ProgressCallback,
     Work,
 )
-from engine.dit import DiT, TextKV
+from engine.dit import DiT
+from engine.dit_block import TextKV
 from engine.eight_bit_mode import EightBitMode
 from engine.errors import OutOfMemory, RequestError
 from engine.frame_writer import FrameWriter

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from engine.conditioning import Conditioning
-from engine.dit import DiT, TextKV
+from engine.dit import DiT
+from engine.dit_block import TextKV
 from engine.images import size_by_area
 from engine.pipeline import Pipeline
 from engine.presets import EightBit

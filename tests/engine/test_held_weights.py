@@ -10,7 +10,7 @@ import torch
 
 from engine import loader
 from engine.config import LoraUse
-from engine.dit import Block
+from engine.dit_block import Block
 from engine.eight_bit import Weights, hold
 from engine.errors import CheckpointError, RequestError
 from engine.ladder import plan_memory

@@ -15,7 +15,8 @@ from engine import fused
 from engine.attention import WholeSequence, sdpa
 from engine.cache import Decisions, StepCache, Texts
 from engine.conditioning import Conditioning
-from engine.dit import Block, DiT, SelfAttention
+from engine.dit import DiT
+from engine.dit_block import Block, SelfAttention
 from engine.eight_bit_mode import EightBitMode
 from engine.errors import RequestError
 from engine.ladder import plan_kept_attention

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engine.dit import Block, DiT
+from engine.dit import DiT
+from engine.dit_block import Block
 from models.demo.train import fast_vae
 from models.demo.train.clips import CAPTIONS_EACH, Clips, draw_scenes, encode_clips
 from models.demo.train.common import (
