@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine import vae_fused
+from engine import vae_chunks, vae_fused
 from engine.config import VAEConfig
 from engine.vae_blocks import (
     AttentionBlock,
@@ -28,6 +28,7 @@ from engine.vae_blocks import (
     run,
     stream_conv,
 )
+from engine.vae_graph import Recordings
 from engine.vae_stages import DownStage, UpStage
 
 
@@ -119,6 +120,8 @@ def unfold_pixels(x_BCTHW: Tensor) -> Tensor:
 class VAE(nn.Module):
     """Encoder and decoder with the official checkpoint's parameter names."""
 
+    recordings: Recordings | None = None  # replay chunks as CUDA graphs where the decoder is fused
+
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config
@@ -163,8 +166,11 @@ class VAE(nn.Module):
         latents_BCFHW = space.cut(latents_BCFHW)
         z = latents_BCFHW * self._channels(config.latent_std, latents_BCFHW)
         z = self.conv2(z + self._channels(config.latent_mean, latents_BCFHW))
-        chunks = vae_fused.decode if vae_fused.applies(self.conv2.weight) else self._plain_chunks
-        for frames in chunks(self.decoder, z, space):
+        if vae_fused.applies(self.conv2.weight):
+            chunks = vae_chunks.decode(self.decoder, z, space, self.recordings)
+        else:
+            chunks = self._plain_chunks(self.decoder, z, space)
+        for frames in chunks:
             yield unfold_pixels(frames) if config.kind == "2.2" else frames
 
     @staticmethod

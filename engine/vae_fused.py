@@ -6,16 +6,10 @@ that the next convolution wants in front; the caches are written in place. Doubl
 four phase convolutions (`kernels.vae_upsample`), whose weights are folded once a video, when all others are
 laid out channels-last.
 
-fp16 has a narrow range. Each norm undoes any factor of its input, so a decoder whose residual stream is a
-power of two smaller computes the same: where a chunk comes out with infinities or NaN, it is decoded again
-so (`scaled_down`), and the rest of the video with it.
-
-Shapes: B batch, C channels, T frames, F latent frames, H rows, W columns.
+Shapes: B batch, C channels, T frames, H rows, W columns.
 """
 
-import copy
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,8 +38,6 @@ log = logging.getLogger(__name__)
 
 LAST = torch.channels_last_3d
 HALF = (torch.bfloat16, torch.float16)
-SMALLER = 2.0**-6  # how much the residual stream shrinks at each try
-TRIES = 4  # 1 and three times smaller: 2^18 times fp16's range
 
 
 def applies(weight: Tensor) -> bool:
@@ -86,6 +78,12 @@ class FusedDecoder:
         self.decoder, self.stream = decoder, Stream(space)
         self.space = self.stream.space
         self._bare: dict[nn.Module, Convolution] = {}  # without bias, channels-last
+
+    def restart(self) -> None:
+        """Another video begins; what is remembered is as it was at first, in its place."""
+        self.stream.first = True
+        for past_BCTHW in self.stream.past.values():
+            past_BCTHW.zero_()
 
     def frames(self, z_BC1HW: Tensor) -> Tensor:
         """The next latent frame as 1 (the first) or 4 frames."""
@@ -231,73 +229,3 @@ def twice_the_frames(pairs_BCTHW: Tensor, bias_C: Tensor) -> Tensor:
     out = torch.empty((b, t, 2, h, w, c // 2), dtype=pairs.dtype, device=pairs.device)
     torch.add(pairs, bias_C.view(2, 1, 1, c // 2), out=out)
     return out.flatten(1, 2).movedim(-1, 1)
-
-
-def scaled_down(decoder: "Decoder", factor: float) -> "Decoder":
-    """A copy whose residual stream is `factor` (a power of two) times as large and whose video is the same.
-
-    Convolutions of normed maps take the factor in weight and bias; those of the stream itself pass it on,
-    so only their biases take it; the last norm undoes it.
-    """
-    scaled = copy.deepcopy(decoder)
-    normed: list[nn.Module] = [scaled.conv1]
-    linear: list[nn.Module | None] = []
-    for module in scaled.modules():
-        if isinstance(module, ResidualBlock):
-            normed += [module.residual["2"], module.residual["6"]]
-            linear.append(module.shortcut)
-        elif isinstance(module, AttentionBlock):
-            normed.append(module.proj)
-        elif isinstance(module, Upsample):
-            linear += [module.resample[1], module.time_conv]
-    for layer in (*normed, *linear):
-        if isinstance(layer, nn.Conv2d | nn.Conv3d) and layer.bias is not None:
-            layer.bias.data.mul_(factor)
-    for layer in normed:
-        assert isinstance(layer, nn.Conv2d | nn.Conv3d)
-        layer.weight.data.mul_(factor)
-    return scaled
-
-
-def decode(decoder: "Decoder", z_BCFHW: Tensor, space: Space | None = None) -> Iterator[Tensor]:
-    """Chunks of frames [B, C, 1 or 4, H, W] of latents (unnormalised, after `conv2`), as they come."""
-    done = 0
-    for attempt in range(TRIES):
-        factor = SMALLER**attempt
-        fused = FusedDecoder(scaled_down(decoder, factor) if attempt else decoder, space)
-        for frames in checked(fused, z_BCFHW, skip=done, last=attempt == TRIES - 1):
-            if frames is None:
-                log.warning(
-                    "latent frame %d of %d left fp16's range in the VAE: decoded again with a residual "
-                    "stream %g times as large", done + 1, z_BCFHW.shape[2], factor * SMALLER
-                )  # fmt: skip
-                break
-            yield frames
-            done += 1
-        else:
-            return
-
-
-def checked(fused: FusedDecoder, z_BCFHW: Tensor, skip: int, last: bool) -> Iterator[Tensor | None]:
-    """Chunks after the first `skip`; None and the end where one isn't finite, unless it was the `last` try.
-
-    A chunk is looked at when the next one is on its way, so that the GPU needn't wait for the host.
-    """
-    waiting: tuple[Tensor, Tensor] | None = None
-    narrow = z_BCFHW.dtype == torch.float16 and not z_BCFHW.is_meta and not last
-    for index, z_BC1HW in enumerate(torch.split(z_BCFHW, 1, dim=2)):
-        frames = fused.frames(z_BC1HW.contiguous(memory_format=LAST))
-        if index < skip:
-            continue
-        if not narrow:
-            yield frames
-            continue
-        fine = fused.space.all_agree(frames.isfinite().all())
-        if waiting is not None:
-            if not waiting[1]:
-                yield None
-                return
-            yield waiting[0]
-        waiting = frames, fine
-    if waiting is not None:
-        yield waiting[0] if waiting[1] else None

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine import vae_fused
+from engine import vae_chunks, vae_fused
 from engine.config import VAEConfig
 from engine.tiny import randomize
 from engine.vae import VAE
+from engine.vae_graph import BEFORE
 from tests.engine.oracle import relative
 
 KINDS = pytest.mark.parametrize("kind", ["2.1", "2.2"])
@@ -61,13 +62,13 @@ def test_a_smaller_residual_stream_gives_the_same_video(generator: torch.Generat
     latents = torch.randn(1, 4, 2, 2, 3, generator=generator)
     want = vae.decode(latents)
     with torch.inference_mode():
-        vae.decoder = vae_fused.scaled_down(vae.decoder, 2.0**-6)
+        vae.decoder = vae_chunks.scaled_down(vae.decoder, 2.0**-6)
         assert relative(vae.decode(latents), want) < 1e-5
 
 
 def scaled_up(vae: VAE, factor: float) -> VAE:
     """The same video by a residual stream that many times as large."""
-    vae.decoder = vae_fused.scaled_down(vae.decoder, factor)
+    vae.decoder = vae_chunks.scaled_down(vae.decoder, factor)
     return vae
 
 
@@ -105,4 +106,35 @@ def test_latents_that_are_not_finite_end(
     assert got.shape == vae.float().decode(latents).shape
     assert got[:, :, :1].isfinite().all()
     assert got[:, :, 1:].isnan().any()
-    assert caplog.text.count("left fp16's range") == vae_fused.TRIES - 1
+    assert caplog.text.count("left fp16's range") == vae_chunks.TRIES - 1
+
+
+@KINDS
+def test_what_a_recording_relies_on(generator: torch.Generator, kind: str) -> None:
+    """From `BEFORE` on, frames have one shape, and all that the layers remember stays where it is."""
+    vae = make_vae(generator, kind)
+    fused = vae_fused.FusedDecoder(vae.decoder)
+    places: list[dict[object, int]] = []
+    shapes = []
+    with torch.inference_mode():
+        for _ in range(BEFORE + 3):
+            shapes.append(fused.frames(torch.randn(1, 4, 1, 3, 5, generator=generator)).shape)
+            places.append({layer: past.data_ptr() for layer, past in fused.stream.past.items()})
+    assert places[BEFORE - 1]
+    assert all(one == places[BEFORE - 1] for one in places[BEFORE:])
+    assert set(shapes[BEFORE:]) == {shapes[BEFORE - 1]}
+
+
+@KINDS
+def test_the_next_video_begins_as_the_first_did(generator: torch.Generator, kind: str) -> None:
+    vae = make_vae(generator, kind)
+    fused = vae_fused.FusedDecoder(vae.decoder)
+    latents = torch.randn(2, 1, 4, 4, 3, 2, generator=generator)
+    with torch.inference_mode():
+        for video in (latents[0], latents[1, :, :, :2], latents[0]):  # the second ends early
+            fresh = vae_fused.FusedDecoder(vae.decoder)
+            for z in torch.split(video, 1, dim=2):
+                assert torch.equal(fused.frames(z), fresh.frames(z))
+            places = {layer: past.data_ptr() for layer, past in fused.stream.past.items()}
+            fused.restart()
+            assert places == {layer: past.data_ptr() for layer, past in fused.stream.past.items()}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.vae import psnr
-from engine import vae_fused
+from engine import vae_chunks, vae_fused
 from engine.load import load_pipeline
 from engine.vae import VAE
 from models.demo.train.common import MODEL_DIR
@@ -37,7 +37,7 @@ def test_fp16_stays_near_fp32(
     with torch.inference_mode():
         want = vae.decode(latents)
         other = copy.deepcopy(vae)
-        other.decoder = vae_fused.scaled_down(other.decoder, factor)
+        other.decoder = vae_chunks.scaled_down(other.decoder, factor)
         assert all(p.half().isfinite().all() for p in other.parameters())
         with (
             mock.patch.object(vae_fused, "applies", return_value=True),
