@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 from collections import defaultdict
 from pathlib import Path
 
@@ -21,6 +22,10 @@ for _name in list(os.environ):
         "all_proxy",
     ):
         del os.environ[_name]
+
+# `make test &`: a shell lets background jobs ignore Ctrl-C, and what the tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SEED = int(os.environ.get("REEL_TEST_SEED", "0")) or random.SystemRandom().randrange(1, 2**31)
 settings.register_profile("reel", deadline=None, print_blob=True)  # busy machines: no time limits per example
