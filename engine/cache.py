@@ -214,6 +214,8 @@ class StepCache:
         if guide == 1.0:
             return flows[0][0]
         if self.mesh.guidance == 2:  # a branch without a pass gives zeros that nobody reads
+            if keep and not flows:
+                self._follow_the_blocks()
             both = self.mesh.both_branches(flows[0] if flows else self._nothing(like))
         else:
             both = torch.cat(flows)
@@ -227,6 +229,13 @@ class StepCache:
             self.decisions.guidance_moved(None if last is None else _relative(delta, last))
         guided: Tensor = uncond + guide * delta
         return guided
+
+    def _follow_the_blocks(self) -> None:
+        """Blocks that are spread over all ranks are gathered by all, also by one that computes nothing."""
+        assert self._expert is not None
+        if self._expert.keeper is not None:
+            for _ in self._expert.visit_blocks(forward=True):
+                pass
 
     def _nothing(self, like_CFHW: Tensor) -> Tensor:
         assert self._expert is not None

@@ -13,6 +13,7 @@ and which one and why goes to the log:
 """
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -26,7 +27,9 @@ from engine.images import size_by_area
 from engine.parallel.frames import best_axis, stripes
 from engine.parallel.mesh import Mesh
 from engine.parallel.push import LANES, REGIONS
+from engine.pinned import pinned_bytes
 from engine.preset_memory import preset_rows
+from engine.rope import TABLES
 from engine.weights import Entry
 
 GIB = 2**30
@@ -43,6 +46,7 @@ LIBRARIES = GIB  # cuBLAS, cuDNN and attention workspaces, compiled kernels, the
 NCCL = GIB // 2  # NCCL's own buffers, with more than one rank
 GATHERED_BLOCKS = 3  # a sharded expert's blocks at once: in use, on its way, and its copy out of the gather
 HALO = 1  # latents more than a rank's stripe of the VAE's frames: a pixel on each side where memory peaks
+PACKED = re.compile(r"(?<=\.self_attn\.)[qkv]\.(weight|bias)$")
 BOUNCE = 64 << 20  # bytes on the device through which two experts change places
 
 
@@ -57,6 +61,7 @@ class Sizes:
     rest: int  # an expert beside its blocks
     experts: int
     vae: int
+    pinned: int = 0  # one expert's blocks in pinned host memory
     held: int = 0  # how many of an expert's blocks are held in 8 bits alone (--weights 8bit)
     held_block: int = 0  # one of them
 
@@ -127,6 +132,7 @@ def sizes_of(
 ) -> Sizes:  # fmt: skip
     """The parts' sizes once cast, from what the files' headers say."""
     block = block_whole = rest = blocks = 0
+    tensors: dict[str, int] = {}  # a block's, q, k and v packed
     for name, entry in experts[0].items():
         size = entry.count * (4 if stays_fp32(name) else dtype.itemsize)
         if not name.startswith("blocks."):
@@ -135,6 +141,8 @@ def sizes_of(
         blocks = max(blocks, int(name.split(".")[1]) + 1)
         if name.startswith("blocks.0."):
             block += size
+            packed = PACKED.sub(r"qkv.\1", name)
+            tensors[packed] = tensors.get(packed, 0) + size
             block_whole += 0 if is_sharded(name) else size
     return Sizes(
         text=sum(entry.count for entry in text) * dtype.itemsize,
@@ -143,6 +151,7 @@ def sizes_of(
         blocks=blocks,
         rest=rest,
         experts=len(experts),
+        pinned=pinned_bytes([list(tensors.values())] * blocks),
         vae=sum(entry.count for entry in vae) * vae_dtype.itemsize,
     )
 
@@ -172,6 +181,7 @@ def make_plan(
         ("VAE", sizes.vae),
         ("text keys and values (of one expert at a time)", kv),
         ("communication buffers", _communication(spec, mesh, rows_at_once, dtype, on_gpu)),
+        ("positions of the last shapes", _positions(spec)),
         ("libraries' workspace", LIBRARIES if on_gpu else 0),
         *preset_rows(spec, local_tokens(spec, mesh), 2 if both else 1, rows_at_once, dtype),
     ]
@@ -197,9 +207,8 @@ def _experts(sizes: Sizes, mesh: Mesh, rung: Rung) -> tuple[list[tuple[str, int]
         gathered = GATHERED_BLOCKS * sharded
         return [*((f"{name}, 1/{mesh.size}", part) for name in names), ("gathered blocks", gathered)], 0
     if rung == "host":
-        blocks = sizes.blocks * sizes.block
-        return [("one expert's blocks", blocks), ("the experts' other weights", 2 * sizes.rest),
-                ("exchange buffer", BOUNCE)], blocks  # fmt: skip
+        rows = [("one expert's blocks", sizes.blocks * sizes.block), ("exchange buffer", BOUNCE)]
+        return [*rows, ("the experts' other weights", 2 * sizes.rest)], sizes.pinned
     note = f", {sizes.held} of {sizes.blocks} blocks in 8 bits" if sizes.held else ""
     return [(name + note, sizes.expert) for name in names], 0
 
@@ -215,6 +224,12 @@ def _communication(spec: ModelSpec, mesh: Mesh, rows: int, dtype: torch.dtype, o
     tensors = max(5 * rows, LANES * len(REGIONS)) if mesh.ulysses > 1 else 0
     exchanged = tensors * local_tokens(spec, mesh) * spec.dit.dim * dtype.itemsize
     return exchanged + (NCCL if on_gpu else 0)
+
+
+def _positions(spec: ModelSpec) -> int:
+    """The RoPE tables of whole sequences that every rank keeps."""
+    tokens = math.prod(largest(spec)[1]) // math.prod(spec.dit.patch_size)
+    return TABLES * tokens * spec.dit.head_dim * torch.float32.itemsize
 
 
 def local_tokens(spec: ModelSpec, mesh: Mesh) -> int:

@@ -14,6 +14,7 @@ from engine.dit import DiT
 from engine.dit_block import Block
 from engine.memory import BOUNCE, is_sharded
 from engine.parallel.mesh import Mesh
+from engine.pinned import pinned_copies
 from engine.text_encoder import TextEncoder
 
 
@@ -114,7 +115,10 @@ class ExpertExchange:
         self._at = [here for _ in here.blocks]  # whose block is on the device
         self._other = {here: away, away: here}
         self._here = [_tensors(_block(here, i)) for i in range(len(here.blocks))]
-        self._away = [self._pinned(_block(away, i)) for i in range(len(away.blocks))]
+        leaving = [_tensors(_block(away, i)) for i in range(len(away.blocks))]
+        self._away = pinned_copies(leaving, pin=on_gpu)
+        for index, tensors in enumerate(self._away):
+            _bind(_block(away, index), tensors)
         self._ready: list[torch.cuda.Event | None] = [None for _ in here.blocks]
         self._upcoming: DiT | None = None
         self._forwards = 0
@@ -164,15 +168,6 @@ class ExpertExchange:
         new = self._at[index] = self._other[old]
         _bind(_block(old, index), away)
         _bind(_block(new, index), here)
-
-    def _pinned(self, block: Block) -> list[Tensor]:
-        """The block's tensors in pinned memory, where there is a GPU to copy to."""
-        pinned = []
-        for tensor in _tensors(block):
-            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.device.type == "cuda")
-            pinned.append(copy.copy_(tensor))
-        _bind(block, pinned)
-        return pinned
 
 
 def _block(expert: DiT, index: int) -> Block:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 THETA = 10_000.0
+TABLES = 5  # shapes whose tables are kept, whole, on every GPU: as many as a model serves
 
 
 def axis_dims(head_dim: int) -> tuple[int, int, int]:
@@ -21,7 +22,7 @@ def axis_dims(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * side, side, side
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=TABLES)
 def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(cos, sin), each [L, K/2] fp32, of every token of a (frames, rows, columns) grid, frames outermost.
 

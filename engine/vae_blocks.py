@@ -25,6 +25,8 @@ class Space(Protocol):
     `halo` is how many rows and columns a layer needs around what it computes.
     """
 
+    division: tuple[object, ...]  # how whole frames are divided, the same on all ranks
+
     def join(self, past_BCTHW: Tensor | None, x_BCTHW: Tensor, frames: int, halo: int) -> Tensor:
         """x with its halo, behind `frames` frames of the past that have theirs (zeros for None)."""
         ...
@@ -68,6 +70,8 @@ class Space(Protocol):
 
 class WholeFrame:
     """All of each frame is here."""
+
+    division: tuple[object, ...] = ()
 
     def join(self, past_BCTHW: Tensor | None, x_BCTHW: Tensor, frames: int, halo: int) -> Tensor:
         """Convolutions pad by themselves, so there is no halo."""

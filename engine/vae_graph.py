@@ -49,7 +49,10 @@ class RecordedDecoder:
 
 
 class Recordings:
-    """The recording of the shape that was decoded last."""
+    """The recording of the shape that was decoded last.
+
+    A graph holds on to its communicator: forget the recordings before the process group is destroyed.
+    """
 
     def __init__(self) -> None:
         self._shape: tuple[object, ...] = ()
@@ -58,7 +61,7 @@ class Recordings:
     def of(self, fused: FusedDecoder, z_BCFHW: Tensor) -> RecordedDecoder:
         """A recording for such latents, at its start: the one that is there, or a new one of `fused`."""
         b, c, _, h, w = z_BCFHW.shape
-        shape = (b, c, h, w, z_BCFHW.dtype, type(fused.space))
+        shape = (b, c, h, w, z_BCFHW.dtype, fused.space.division)
         if self._kept is None or shape != self._shape:
             self._kept = None  # its memory goes before the next one's comes
             self._shape, self._kept = shape, RecordedDecoder(fused)

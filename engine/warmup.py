@@ -79,6 +79,8 @@ def warm_up(pipeline: Pipeline) -> list[Warm]:
                 "warm at %d*%d: a step of each expert %.2f s, %d latent frames decoded %.2f s",
                 *size, denoising, min(DECODED, latents.shape[1]), decoding,
             )  # fmt: skip
+    if pipeline.device.type == "cuda":
+        torch.cuda.empty_cache()  # what only the first forward takes; NCCL's and the driver's own need room
     log.info("warm in %.1f s", time.perf_counter() - began)
     return done
 
@@ -125,7 +127,8 @@ def _frames(pipeline: Pipeline, latents: Tensor, size: tuple[int, int]) -> None:
     if pipeline.spec.task != "t2v":
         frames = 1 if pipeline.spec.task == "ti2v" else 1 + pipeline.spec.vae.stride[0]
         weight = next(pipeline.vae.parameters())
-        pipeline.vae.encode(weight.new_zeros(1, 3, frames, size[1], size[0]))
+        space = pipeline.mesh.space(*latents.shape[2:])  # a whole frame may not fit
+        pipeline.vae.encode(weight.new_zeros(1, 3, frames, size[1], size[0]), space)
 
 
 class _Clock:

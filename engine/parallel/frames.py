@@ -26,7 +26,9 @@ def stripes(size: int, ranks: int) -> list[int]:
 
 
 def best_axis(rows: int, columns: int, ranks: int) -> Axis:
-    """The axis whose widest stripe is the smaller share of a frame."""
+    """The axis whose widest stripe is the smaller share of a frame, of those with a latent for each rank."""
+    if min(rows, columns) < ranks:
+        return -1 if columns >= rows else -2
     return -1 if max(stripes(columns, ranks)) / columns <= max(stripes(rows, ranks)) / rows else -2
 
 
@@ -40,6 +42,7 @@ class StripedFrame:
         self.axis = best_axis(rows, columns, ranks)
         self.sizes = stripes(columns if self.axis == -1 else rows, ranks)
         assert min(self.sizes) > 0, f"{rows} x {columns} latents are too few for {ranks} ranks"
+        self.division: tuple[object, ...] = (rows, columns, self.axis, *self.sizes)
 
     def join(self, past_BCTHW: Tensor | None, x_BCTHW: Tensor, frames: int, halo: int) -> Tensor:
         """One buffer: the past, then x between its neighbours' edges, which travel while x is copied."""

@@ -41,6 +41,7 @@ class SymmetricWindow:
         keep_multicast_off()
         self._meet()
         self._memory, self._counters, self._handle = [], [], None
+        torch.cuda.empty_cache()  # the driver gives out only what torch's allocator doesn't hold
         size = (size + 255) // 256 * 256
         total = size + 4 * counters
         own = symmetric_memory.empty(total, dtype=torch.uint8, device=self._device)

@@ -27,6 +27,7 @@ from engine.pipeline import Pipeline
 from engine.requests import resolve
 from engine.transfer import Meter
 from engine.weights import Reader
+from tests.engine.ranks import cached_latents
 from tests.engine.sinks import Frames
 
 LORA = LoraUse("style", 0.7)
@@ -119,6 +120,12 @@ def check_video(checkpoint: Path, mesh: Mesh, rung: str, folder: Path) -> dict[s
     }
 
 
+def check_reused(checkpoint: Path, mesh: Mesh) -> list[float]:
+    """Latents of steps that reuse the guidance, by sharded blocks: a branch then has no pass of its own."""
+    pipeline = load_pipeline(checkpoint, mesh=mesh, device="cpu", rung="shard")
+    return cached_latents(pipeline).tolist()  # type: ignore[no-any-return]
+
+
 def check_held(checkpoint: Path, mesh: Mesh) -> bool:
     """8-bit weights alone, quantised as both ranks read them: the video of whole weights, bit for bit."""
     whole = eight_bit_video(load_pipeline(checkpoint, mesh=mesh, device="cpu"))
@@ -181,6 +188,9 @@ def main(checkpoint: Path, folder: Path, i2v: Path, ti2v: Path, image: Path) -> 
     results["stripes"] = check_stripes(checkpoint, mesh)
     results["held"] = check_held(checkpoint, mesh)
     results["verify"] = check_verify(checkpoint, mesh)
+    branches = Mesh.init(guidance=2, ulysses=1, timeout_seconds=60)
+    results["reused"] = check_reused(checkpoint, branches)
+    branches.close()
     (folder / f"results.{mesh.rank}").write_text(json.dumps(results))
     mesh.close()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from engine.config import Task
 from engine.load import load_pipeline
@@ -15,7 +16,8 @@ from engine.pipeline import Pipeline
 from engine.tiny import make_tiny
 from tests.engine.loading_ranks import LORA, SIZE, photo_video, video
 from tests.engine.loras import write_lora
-from tests.engine.ranks import environment
+from tests.engine.oracle import relative
+from tests.engine.ranks import cached_latents, environment
 
 SECONDS = 150
 RUNGS = ("resident", "branches", "text", "shard")
@@ -98,6 +100,15 @@ def test_a_4_to_3_picture_over_two_ranks_makes_the_video_of_one(
 def test_ranks_keep_their_share_and_lose_a_lora_without_a_trace(ranks: Ranks, rung: str) -> None:
     for result in ranks[1]:
         assert result[rung] == {"restored": True, "changed": True, "rows": True, "again": True}
+
+
+def test_a_branch_without_a_pass_gathers_sharded_blocks(ranks: Ranks, checkpoint: Path) -> None:
+    expected = cached_latents(load_pipeline(checkpoint, device="cpu"))
+    for result in ranks[1]:
+        got = torch.tensor(result["reused"])
+        assert got[-2] > 0  # guidance was reused
+        assert torch.equal(got[-3:], expected[-3:])
+        assert relative(got, expected) < 1e-5
 
 
 def test_a_wrong_checksum_is_every_ranks_error(ranks: Ranks) -> None:

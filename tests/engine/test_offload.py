@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from engine.config import Canceled, LoraUse
+from engine.layout import find_layout
 from engine.load import load_pipeline
-from engine.offload import ExpertExchange
+from engine.memory import sizes_of
+from engine.offload import ExpertExchange, _block, _tensors
+from engine.pinned import pinned_bytes
 from engine.pipeline import Pipeline
 from engine.presets import CACHED, ONLY_LOSSLESS, Preset, Reuse
 from engine.requests import resolve
@@ -130,6 +133,17 @@ def test_loras_come_and_go_on_both_sides(pipeline: Pipeline, exchanging: Pipelin
     for expert in ("high", "low"):
         assert not np.array_equal(video(exchanging, 8, LoraUse("style", 1.0, expert)), plain)  # type: ignore[arg-type]
     assert np.array_equal(video(exchanging), plain)
+
+
+def test_the_plan_knows_the_pinned_memory(tiny: Path, exchanging: Pipeline) -> None:
+    assert exchanging.low is not None
+    expert = exchanging.low
+    block = [_tensors(_block(expert, index)) for index in range(len(expert.blocks))]
+    layout = find_layout(tiny)
+    assert layout.low is not None
+    parts = ([layout.high.entries, layout.low.entries], layout.text.entries.values())
+    sizes = sizes_of(*parts, layout.vae.entries.values(), torch.float32, torch.float32)
+    assert sizes.pinned == pinned_bytes([[tensor.nbytes for tensor in each] for each in block])
 
 
 def test_the_rung_is_named_in_the_log(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:

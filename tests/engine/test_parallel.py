@@ -221,5 +221,14 @@ def test_stripes() -> None:
     assert best_axis(10, 9, 5) == -2
 
 
+def test_every_rank_gets_a_latent_where_one_axis_has_enough() -> None:
+    for ranks in range(2, 9):
+        for rows in range(1, 40):
+            for columns in range(1, 40):
+                if max(rows, columns) >= ranks:
+                    size = columns if best_axis(rows, columns, ranks) == -1 else rows
+                    assert min(stripes(size, ranks)) > 0, (rows, columns, ranks)
+
+
 def test_one_rank_needs_no_stripes(alone: Pipeline) -> None:
     assert isinstance(alone.mesh.space(90, 160), WholeFrame)
