@@ -130,9 +130,15 @@ class WholeSequence:
     ranks = 1
     overlap = Overlap(split_qkv=False, interleave=False)
 
-    def __init__(self, attend: Attend = sdpa, cross_attend: Attend | None = None) -> None:
+    def __init__(
+        self,
+        attend: Attend = sdpa,
+        cross_attend: Attend | None = None,
+        on_begin: Callable[[], None] = lambda: None,
+    ) -> None:
         self.attend = attend
         self.cross_attend = cross_attend or attend
+        self._on_begin = on_begin  # a sign of life, some times a step
 
     def shard(self, x: Tensor, dim: int) -> Tensor:
         """All of it."""
@@ -148,10 +154,12 @@ class WholeSequence:
 
     def begin(self, shape: tuple[int, int, int, int], like: Tensor, lane: int = 0) -> AttentionRun:
         """Attention without any sending."""
+        self._on_begin()
         return WholeRun(self.attend, shape)
 
     def self_attention(self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, length: int) -> Tensor:
         """Plain attention."""
+        self._on_begin()
         return self.attend(q_BLHK, k_BLHK, v_BLHK)
 
     def cross_attention(self, q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> Tensor:

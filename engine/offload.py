@@ -44,7 +44,7 @@ class HostTextEncoder:
         shape = torch.zeros(2, dtype=torch.int64)
         text = Tensor()
         if self.encoder is not None:
-            text = self.encoder.encode(prompt).contiguous()
+            text = self.encoder.encode(prompt, mesh.beat).contiguous()
             shape = torch.tensor([text.shape[0], list(DTYPES).index(text.dtype)])
         dist.broadcast(shape, src=0, group=mesh.control)
         if self.encoder is None:

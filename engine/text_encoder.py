@@ -9,7 +9,8 @@ Shapes: T text tokens, E embedding width.
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,14 @@ class TextEncoder(nn.Module):
         return broadcast_texts(lambda i: self.encode(prompts[i]), len(prompts), shape, weight)
 
     @torch.no_grad()
-    def encode(self, prompt: str) -> Tensor:
-        """[T, E] embeddings of one prompt, T = text_len: real tokens (cut at T), then zeros."""
+    def encode(self, prompt: str, beat: Callable[[], None] | None = None) -> Tensor:
+        """[T, E] embeddings of one prompt, T = text_len: real tokens (cut at T), then zeros.
+
+        `beat` is called after each layer, which on a CPU may take seconds.
+        """
+        if beat is not None:
+            with _after_each(self.umt5.encoder.block, beat):
+                return self.encode(prompt)
         ids = self.tokenize(prompt)
         device = self.umt5.shared.weight.device
         ids_1T = torch.tensor([ids], device=device)
@@ -58,6 +65,16 @@ class TextEncoder(nn.Module):
         """Token ids of the cleaned prompt with the end mark, at most text_len of them."""
         ids = self.tokenizer(clean_prompt(prompt), truncation=True, max_length=self.text_len)["input_ids"]
         return [int(i) for i in ids]
+
+
+@contextmanager
+def _after_each(layers: Iterable[nn.Module], beat: Callable[[], None]) -> Iterator[None]:
+    hooks = [layer.register_forward_hook(lambda *_: beat()) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def load_tokenizer(folder: Path) -> Any:

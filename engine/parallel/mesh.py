@@ -25,6 +25,9 @@ from engine.parallel.watch import Watch, watch_ranks
 from engine.vae_blocks import Space, WholeFrame
 
 TIMEOUT_SECONDS = 30.0  # until a dead or hung rank is noticed
+PATIENCE_SECONDS = (
+    600.0  # of collectives that rightly wait for another rank's long work; the watch sees losses
+)
 MEETING_SECONDS = 1800.0  # for all ranks to have loaded
 
 
@@ -70,13 +73,17 @@ class Mesh:
         `REEL_TRANSPORT`'s, or the fastest.
         """
         keep_multicast_off()
+        backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+        patience = timedelta(seconds=max(timeout_seconds, PATIENCE_SECONDS))
+        # NCCL counts from when the host asks for a collective, which may be a long step before its turn.
+        limit = timedelta(seconds=timeout_seconds) if backend == "gloo" else patience
         if not dist.is_initialized():
             dist.init_process_group(
-                backend or ("nccl" if torch.cuda.is_available() else "gloo"),
+                backend,
                 init_method=init_method or "env://",
                 rank=int(os.environ["RANK"]) if rank is None else rank,
                 world_size=int(os.environ["WORLD_SIZE"]) if world_size is None else world_size,
-                timeout=timedelta(seconds=timeout_seconds),
+                timeout=limit,
             )
         world, me = dist.get_world_size(), dist.get_rank()
         if device is None:
@@ -90,15 +97,15 @@ class Mesh:
         # Every rank must take part in making every group, its own or not.
         for kind, rows in (("ulysses", grid.tolist()), ("guidance", grid.T.tolist())):
             for ranks in rows:
-                group = dist.new_group(ranks, timeout=timedelta(seconds=timeout_seconds))
+                group = dist.new_group(ranks, timeout=limit)
                 if me in ranks:
                     own[kind] = group
-        control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        control = dist.new_group(backend="gloo", timeout=patience)
         asked = transport or os.environ.get("REEL_TRANSPORT", "auto")
         carrier = None
         if u > 1:
             carrier = choose_transport(asked, own["ulysses"], control, device, timeout_seconds)
-        watch = watch_ranks(control, timeout_seconds)
+        watch = watch_ranks(control, timeout_seconds, device)
         return Mesh(me, g, u, own["guidance"], own["ulysses"], control, carrier, overlap, watch)
 
     @property
@@ -119,12 +126,12 @@ class Mesh:
     def sequence(self, attend: Attend = sdpa, cross_attend: Attend | None = None) -> Sequence:
         """How a transformer's tokens lie on this mesh."""
         if self.ulysses == 1 or self.ulysses_group is None:
-            return WholeSequence(attend, cross_attend)
+            return WholeSequence(attend, cross_attend, self.pulse)
         # Two passes hide each other's transfers whole. One pass hides v and q under the next projections; its
         # output in two groups of heads cost more than all of its transfers.
         best = Overlap(split_qkv=False) if self.guidance == 1 else Overlap()
         return UlyssesSequence(
-            self.ulysses_group, attend, cross_attend, self.transport, self.overlap or best, self.beat
+            self.ulysses_group, attend, cross_attend, self.transport, self.overlap or best, self.pulse
         )
 
     def space(self, rows: int, columns: int) -> Space:
@@ -164,6 +171,11 @@ class Mesh:
         """This rank got on: it doesn't hang."""
         if self.watch is not None:
             self.watch.beat()
+
+    def pulse(self) -> None:
+        """The device got to here, once it does: the host may be a whole step ahead of it."""
+        if self.watch is not None:
+            self.watch.pulse()
 
     def close(self) -> None:
         """Leave torch.distributed. After a rank was lost on GPUs only the end of the process frees all."""

@@ -14,11 +14,13 @@ import select
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from engine.config import Canceled
@@ -38,8 +40,11 @@ log = logging.getLogger(__name__)
 class Watch:
     """One rank's view of all. Made by all ranks together; `limit` is the longest silence while computing."""
 
-    def __init__(self, control: dist.ProcessGroup, limit: float) -> None:
-        self.limit = limit
+    def __init__(
+        self, control: dist.ProcessGroup, limit: float, device: torch.device = torch.device("cpu")
+    ) -> None:
+        self.limit, self._device = limit, device
+        self._marks: deque[torch.cuda.Event] = deque()  # that the GPU has yet to reach, in order
         self.rank, self.ranks = dist.get_rank(control), dist.get_world_size(control)
         self.lost = ""  # why the group is of no more use
         self._generations = 0
@@ -58,6 +63,15 @@ class Watch:
     def beat(self) -> None:
         """This rank's computing thread got on."""
         self._board[self.rank, BEAT] = time.monotonic()
+
+    def pulse(self) -> None:
+        """A beat when the GPU gets to here: the thread that queues its work may be a whole step ahead."""
+        if self._device.type != "cuda":
+            self.beat()
+            return
+        mark = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        mark.record(torch.cuda.current_stream(self._device))
+        self._marks.append(mark)
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -106,6 +120,7 @@ class Watch:
         for descriptor in self._processes:
             poll.register(descriptor, select.POLLIN)
         while not self._stop.is_set():
+            self._count_marks()
             ended = [descriptor for descriptor, _ in poll.poll(LOOK_SECONDS * 1e3)]
             for descriptor in ended:
                 poll.unregister(descriptor)
@@ -116,6 +131,18 @@ class Watch:
                 log.error("%s", self.lost)
                 self._leave()
                 return
+
+    def _count_marks(self) -> None:
+        """Beat if the GPU got on."""
+        reached = False
+        try:
+            while self._marks and self._marks[0].query():  # type: ignore[no-untyped-call]
+                self._marks.popleft()
+                reached = True
+        except RuntimeError:  # a failed kernel, which the computing thread is about to hear of
+            self._marks.clear()
+        if reached:
+            self.beat()
 
     def _dead(self, descriptor: int) -> str:
         rank = self._processes[descriptor]
@@ -132,13 +159,18 @@ class Watch:
         return ""
 
     def _silent(self) -> str:
-        """The rank that fell silent first, if that is too long ago: the others wait for it."""
+        """The rank that fell silent first, if nobody has got on for too long: the others wait for it.
+
+        While any rank gets on, those that wait for it are no worse for it; a rank that hangs stops them all
+        within a step.
+        """
         limit = self.limit if self._generations else max(self.limit, FIRST_SECONDS)
         busy = [rank for rank in range(self.ranks) if self._board[rank, STATE] == BUSY]
         rank = min(busy, key=lambda rank: self._board[rank, BEAT], default=self.rank)
-        silence = time.monotonic() - self._board[rank, BEAT]
-        if not busy or silence <= limit:
+        now = time.monotonic()
+        if not busy or now - max(self._board[one, BEAT] for one in busy) <= limit:
             return ""
+        silence = now - self._board[rank, BEAT]
         pid = self._board[rank, PID]
         return f"rank {rank} (process {pid:.0f}) did nothing for {silence:.0f} s: it hangs"
 
@@ -152,7 +184,7 @@ class Watch:
             time.sleep(LOOK_SECONDS)
 
 
-def watch_ranks(control: dist.ProcessGroup, limit: float) -> Watch | None:
+def watch_ranks(control: dist.ProcessGroup, limit: float, device: torch.device) -> Watch | None:
     """A watch, where all ranks are on one host that lets processes be watched; a collective call."""
     here = os.uname().nodename if hasattr(os, "pidfd_open") else ""
     hosts: list[str] = [""] * dist.get_world_size(control)
@@ -160,7 +192,7 @@ def watch_ranks(control: dist.ProcessGroup, limit: float) -> Watch | None:
     if not here or len(set(hosts)) > 1:
         log.warning("ranks on %s aren't watched: only collectives' time limits notice a loss", set(hosts))
         return None
-    return Watch(control, limit)
+    return Watch(control, limit, device)
 
 
 def _shared_board(control: dist.ProcessGroup) -> np.ndarray:

@@ -68,3 +68,11 @@ def test_names_go_both_ways(encoder: TextEncoder) -> None:
     assert official_name(theirs[0]) == "token_embedding.weight"
     assert transformers_name("no.such.tensor") == "no.such.tensor"
     assert transformers_name("blocks.3.no_such.weight") == "blocks.3.no_such.weight"
+
+
+def test_a_long_encoding_gives_signs_of_life(encoder: TextEncoder) -> None:
+    beats: list[None] = []
+    embeddings = encoder.encode("a cat", lambda: beats.append(None))
+    assert len(beats) == len(encoder.umt5.encoder.block)
+    assert torch.equal(embeddings, encoder.encode("a cat"))
+    assert len(beats) == len(encoder.umt5.encoder.block)  # no hook is left
