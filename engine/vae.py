@@ -6,6 +6,8 @@ latent frame in, 1 (the first) or 4 video frames out, with the layers' memory in
 Shapes: B batch, C latent channels, T video frames, F latent frames, H rows, W columns.
 """
 
+import copy
+import logging
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -30,6 +32,8 @@ from engine.vae_blocks import (
 )
 from engine.vae_graph import Recordings
 from engine.vae_stages import DownStage, UpStage
+
+log = logging.getLogger(__name__)
 
 
 def middle(dim: int) -> nn.ModuleList:
@@ -140,12 +144,17 @@ class VAE(nn.Module):
         if frames % step != 1:
             raise ValueError(f"a video of {frames} frames can't be encoded: it takes {step}n+1 frames")
         stream, chunks = Stream(space), []
-        video_B3THW = stream.space.cut(video_B3THW, self.config.stride[1])
-        x = fold_pixels(video_B3THW) if self.config.kind == "2.2" else video_B3THW
+        part_B3THW = stream.space.cut(video_B3THW, self.config.stride[1])
+        x = fold_pixels(part_B3THW) if self.config.kind == "2.2" else part_B3THW
         for chunk in torch.split(x, [1] + [step] * (frames // step), dim=2):
             chunks.append(self.encoder.stream(chunk, stream))
             stream.first = False
         moments = stream.space.gather(self.conv1(torch.cat(chunks, dim=2)))
+        narrow = moments.dtype == torch.float16 and not moments.is_meta
+        if narrow and not moments.isfinite().all():  # the whole frame's, so all ranks find the same
+            log.warning("an image left fp16's range in the VAE's encoder: encoded again in bfloat16")
+            wide = copy.deepcopy(self).bfloat16()
+            return wide.encode_moments(video_B3THW.bfloat16(), space)
         mean, log_variance = moments.chunk(2, dim=1)
         return mean, log_variance
 

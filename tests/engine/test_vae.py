@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -93,6 +95,25 @@ def test_gradients_flow_through_all_chunks(kind: str) -> None:
     assert video.grad is not None
     assert all(video.grad[:, :, frame].any() for frame in range(9))
     assert [name for name, p in vae.named_parameters() if p.grad is None] == []
+
+
+@KINDS
+def test_an_image_beyond_fp16_is_encoded_again(
+    generator: torch.Generator, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    vae = twin_vaes(generator, kind).ours.requires_grad_(False)
+    for parameter in vae.encoder.conv1.parameters():
+        parameter.data.mul_(2.0**17)  # the residual stream begins beyond 65,504
+    video = torch.rand(1, 3, 5, 32, 32, generator=generator) * 2 - 1
+    expected = vae.encode(video)
+    got = copy.deepcopy(vae).half().encode(video.half())
+    assert "left fp16's range" in caplog.text
+    assert relative(got.float(), expected) < 0.05
+    caplog.clear()
+    for parameter in vae.encoder.conv1.parameters():
+        parameter.data.mul_(2.0**-17)
+    vae.half().encode(video.half())
+    assert not caplog.text
 
 
 def test_a_wrong_number_of_frames_is_refused() -> None:
