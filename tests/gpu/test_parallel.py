@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from engine.parallel import cuda_driver
+from engine.parallel.watch import BEAT, LOOK_SECONDS, Watch
 from kernels import gemm
 from tests.kernels.check import relative_error
 
@@ -45,6 +48,30 @@ def test_a_stream_waits_for_a_word_that_another_sets():
     cuda_driver.write_word(word.data_ptr(), 4, second.cuda_stream)
     first.synchronize()
     assert result.item() == 1
+
+
+def test_a_gpu_that_waits_has_no_pulse(tmp_path: Path):
+    """The watch beats when the stream gets to a mark, not when the host has queued it."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    word, stream = torch.zeros(1, dtype=torch.int32, device="cuda"), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    control = dist.group.WORLD
+    assert control is not None
+    watch = Watch(control, 30.0, torch.device("cuda", torch.cuda.current_device()))
+    try:
+        began = float(watch._board[0, BEAT])
+        with torch.cuda.stream(stream):
+            cuda_driver.wait_word(word.data_ptr(), 1, stream.cuda_stream)
+            watch.pulse()
+        time.sleep(4 * LOOK_SECONDS)
+        assert float(watch._board[0, BEAT]) == began
+        cuda_driver.write_word(word.data_ptr(), 1, torch.cuda.current_stream().cuda_stream)
+        stream.synchronize()
+        time.sleep(4 * LOOK_SECONDS)
+        assert float(watch._board[0, BEAT]) > began
+    finally:
+        watch.close()
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("groups", [2, 3])
