@@ -45,7 +45,7 @@ def snapshot(redis: Any, settings: Settings | None, runs: Path | None) -> dict[s
 
 def _may_expire(key: str) -> bool:
     return key.startswith(
-        ("reel:claim:", "reel:wake:", "reel:idem:", "reel:gone:", "reel:drain:", "reel:node:")
+        ("reel:claim:", "reel:wake:", "reel:idem:", "reel:gone:", "reel:drain:", "reel:node:", "reel:fence")
     )
 
 
