@@ -16,6 +16,7 @@ waiting:/running:<model>   hash   counts per level                             3
 leases:<model>             zset   running jobs by lease end                    a job's end, sweep
 wake:<model>               list   tokens that wake sleeping nodes              64 entries, 1 h
 claim:<nonce>              string job a claim took, for a lost reply           one lease
+operation:<nonce>          string answer of a cancel, delete, reject, replay    1 min
 queues                     set    models that ever had a job                   one entry a model
 list:<key|*>:<filter>      zset   job ids for listing                          purge, delete
 deadlines, retention       zset   jobs by due time                             start or end; purge
