@@ -28,7 +28,7 @@ def redis_missing(settings: Settings) -> str | None:
     """What is wrong with Redis, None when it takes commands."""
     where = settings.redis_url.rsplit("@", 1)[-1]  # without a password
     try:
-        with closing(connect(settings)) as client, guard():
+        with closing(connect(settings, quick=True)) as client, guard():
             client.ping()
     except (StoreUnavailable, redis.RedisError, OSError) as error:
         return f"Redis at {where} cannot be reached ({_short(error)}); check REEL_REDIS_URL"

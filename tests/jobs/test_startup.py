@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from jobs import client as client_module
 from jobs import storage as storage_module
 from jobs.errors import StorageRefused
 from jobs.settings import Settings
@@ -173,3 +174,19 @@ def test_an_s3_that_never_answers_costs_no_more_than_the_time_to_start(
             wait_for(settings, "celery", look)
         assert time.monotonic() - began < 4
     assert capsys.readouterr().err.startswith("reel celery: waiting up to 0.5 s: S3 cannot be used")
+
+
+def test_a_redis_that_never_answers_costs_no_more_either(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert client_module.QUICK_SECONDS <= 2
+    monkeypatch.setattr(client_module, "QUICK_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        began = time.monotonic()
+        with pytest.raises(Missing, match="Timeout"):
+            wait_for(
+                Settings(redis_url=f"redis://127.0.0.1:{port}/0", start_seconds=0.5), "node", redis_missing
+            )
+        assert time.monotonic() - began < 4
+    assert capsys.readouterr().err.startswith("reel node: waiting up to 0.5 s: Redis at ")
