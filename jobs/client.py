@@ -14,6 +14,8 @@ from redis.retry import Retry
 from jobs.errors import StoreUnavailable
 from jobs.settings import Settings
 
+QUICK_SECONDS = 2.0  # a quick client's longest wait for a connection, and for a reply
+
 # Replies that mean "not now", not "wrong command": a replica after a failover, loading, out of memory, ...
 _NOT_NOW = (
     "READONLY",
@@ -90,13 +92,16 @@ def _options(settings: Settings) -> dict[str, Any]:
     return options
 
 
-def connect(settings: Settings) -> RedisClient:
+def connect(settings: Settings, *, quick: bool = False) -> RedisClient:
     """A client (a ``redis.Redis``) for `settings.redis_url`. Nothing is sent yet.
 
     A command whose reply was lost is sent again (twice at most): every script in this package tolerates a
-    repeated call.
+    repeated call. quick: never, and QUICK_SECONDS at most are waited, for a caller that looks again itself.
     """
-    retry = Retry(ExponentialBackoff(cap=0.5, base=0.05), 2)
+    retry = Retry(ExponentialBackoff(cap=0.5, base=0.05), 0 if quick else 2)
+    if quick:
+        shorter = min(QUICK_SECONDS, settings.redis_timeout)
+        settings = settings.model_copy(update={"redis_timeout": shorter})
     client: RedisClient = redis.Redis.from_url(settings.redis_url, retry=retry, **_options(settings))
     return client
 

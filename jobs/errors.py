@@ -64,6 +64,10 @@ class StorageUnavailable(JobsError):
     """S3 cannot be reached, refuses, or fails: the message says what was tried, where, and what to check."""
 
 
+class StorageRefused(StorageUnavailable):
+    """S3 understood and will not do it: no right to, or no such feature. Trying again changes nothing."""
+
+
 @dataclass(frozen=True)
 class FieldProblem:
     """One wrong request field.

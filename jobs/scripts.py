@@ -16,6 +16,7 @@ waiting:/running:<model>   hash   counts per level                             3
 leases:<model>             zset   running jobs by lease end                    a job's end, sweep
 wake:<model>               list   tokens that wake sleeping nodes              64 entries, 1 h
 claim:<nonce>              string job a claim took, for a lost reply           one lease
+operation:<nonce>          string answer of a cancel, delete, reject, replay    1 min
 queues                     set    models that ever had a job                   one entry a model
 list:<key|*>:<filter>      zset   job ids for listing                          purge, delete
 deadlines, retention       zset   jobs by due time                             start or end; purge
@@ -36,6 +37,7 @@ drain:<id>                 string an operator's wish                           1
 models                     hash   model cards                                  withdraw_model
 apikeys, apikeys:hashes    hash   API keys                                     one entry a key made
 apikeys:endpoints          hash   webhook endpoints' secrets, encrypted        EndpointStore.remove
+fence                      string the write that WAIT waits for, durable runs   FENCE_SECONDS
 timings:<model>            hash   seconds that jobs took, by shape             SHAPES_CAP fields
 uploads, uploads:users     zset,  input images by expiry; live jobs using one  UploadIndex.done; at 0
                            hash
@@ -58,6 +60,7 @@ from jobs.settings import Settings
 
 PREFIX = "reel:"
 EVENTS_CAP = 1000  # entries a job's stream keeps, about
+FENCE_SECONDS = 60
 ENDPOINT_LOG = 200  # deliveries that an endpoint's log names
 _PRELUDE = ("_base", "_lanes", "_notify", "_moves")
 FOLDER = Path(__file__).parent / "lua"
@@ -94,16 +97,14 @@ class Scripts:
     def run(self, name: str, *args: str | int | float, durable: bool = False) -> Any:
         """Run one script and return its reply.
 
-        durable: also wait until `redis_wait_replicas` replicas have the write (it is one connection's WAIT).
+        durable: also wait until `redis_wait_replicas` replicas have the write, also an earlier one's.
         Raises StoreUnavailable when Redis can't be reached, refuses writes, or too few replicas answered; the
         call may then be made again, since every script tolerates a repeat.
         """
         with guard():
             if not (durable and self._wait[0]):
                 return self._evalsha(self.redis, name, args)
-            with self.redis.client() as one:  # WAIT counts its own connection's writes
-                reply = self._evalsha(one, name, args)
-                reached = one.execute_command("WAIT", *self._wait)
+            reply, reached = self._replicated(name, args)
         if reached < self._wait[0]:
             raise StoreUnavailable(
                 f"{reached} of {self._wait[0]} replicas confirmed in {self._wait[1]} ms; try again shortly"
@@ -116,6 +117,29 @@ class Scripts:
             return client.execute_command("EVALSHA", sha, 0, self._conf, *args)
         except NoScriptError:
             return client.execute_command("EVALSHA", self._load(client, name), 0, self._conf, *args)
+
+    def _replicated(self, name: str, args: Iterable[str | int | float]) -> tuple[Any, int]:
+        """The script's reply, and how many replicas have its write.
+
+        Script and WAIT are one pipeline on one connection: a retry sends both again, so no server vouches
+        for a script that only its predecessor ran. The write between them is for a script that finds its work
+        done: WAIT answers for its own connection's last write, and this one is later than the work.
+        """
+        replies: list[Any] = []
+        for _ in range(2):
+            pipe = self.redis.pipeline(transaction=False)
+            sha = self._shas.get(name) or self._load(self.redis, name)
+            pipe.execute_command("EVALSHA", sha, 0, self._conf, *args)
+            pipe.execute_command("SET", f"{PREFIX}fence", 1, "EX", FENCE_SECONDS)
+            pipe.execute_command("WAIT", *self._wait)
+            replies = pipe.execute(raise_on_error=False)
+            if not isinstance(replies[0], NoScriptError):
+                break
+            self._shas.pop(name, None)
+        for one in replies:
+            if isinstance(one, Exception):
+                raise one
+        return replies[0], int(replies[2])
 
     def _load(self, client: RedisClient, name: str) -> str:
         sha = str(client.execute_command("SCRIPT LOAD", source(name)))

@@ -11,7 +11,7 @@ from contextlib import closing
 import redis
 
 from jobs.client import connect, guard
-from jobs.errors import StorageUnavailable, StoreUnavailable
+from jobs.errors import StorageRefused, StorageUnavailable, StoreUnavailable
 from jobs.settings import Settings
 from jobs.storage import ObjectStore
 
@@ -28,7 +28,7 @@ def redis_missing(settings: Settings) -> str | None:
     """What is wrong with Redis, None when it takes commands."""
     where = settings.redis_url.rsplit("@", 1)[-1]  # without a password
     try:
-        with closing(connect(settings)) as client, guard():
+        with closing(connect(settings, quick=True)) as client, guard():
             client.ping()
     except (StoreUnavailable, redis.RedisError, OSError) as error:
         return f"Redis at {where} cannot be reached ({_short(error)}); check REEL_REDIS_URL"
@@ -38,7 +38,7 @@ def redis_missing(settings: Settings) -> str | None:
 def storage_missing(settings: Settings) -> str | None:
     """What is wrong with S3 or the bucket, None when the bucket answers."""
     try:
-        if not ObjectStore(settings).ready():
+        if not ObjectStore(settings, quick=True).ready():
             return f"S3 has no bucket {settings.s3_bucket!r}; make it, or check REEL_S3_BUCKET"
     except (StorageUnavailable, OSError) as error:
         return f"S3 cannot be used: {_short(error)}"
@@ -46,13 +46,16 @@ def storage_missing(settings: Settings) -> str | None:
 
 
 def made_bucket_missing(settings: Settings) -> str | None:
-    """The same, but a missing bucket is made, with its CORS rules; not at AWS, where it is the operator's."""
+    """The same, but a missing bucket is made, with its CORS rules; not at AWS, where it is the operator's.
+
+    Rules that the storage refuses are the operator's as well; rules that it failed to take are still missing.
+    """
     if settings.s3_endpoint is None:
         return storage_missing(settings)
     try:
-        ObjectStore(settings).ensure_bucket()
+        ObjectStore(settings, quick=True).ensure_bucket()
     except (StorageUnavailable, OSError) as error:
-        if storage_missing(settings):
+        if not isinstance(error, StorageRefused) or storage_missing(settings):
             return f"S3 cannot be used: {_short(error)}"
         log.warning("the bucket is there, its CORS rules are not ours to set: %s", _short(error))
     return None
@@ -61,7 +64,7 @@ def made_bucket_missing(settings: Settings) -> str | None:
 def wait_for(settings: Settings, role: str, *looks: Callable[[Settings], str | None]) -> None:
     """Until every look finds nothing missing. Standard error hears once what the role waits for.
 
-    Raises Missing with what is still missing after `settings.start_seconds`.
+    Raises Missing with what is still missing after `settings.start_seconds`, within one look's time more.
     """
     end = time.monotonic() + settings.start_seconds
     said = False

@@ -13,7 +13,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from jobs.errors import StorageUnavailable
+from jobs.errors import StorageRefused, StorageUnavailable
 from jobs.settings import Settings
 
 if TYPE_CHECKING:
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 PART_BYTES = 16 * 2**20  # multipart above this; S3's smallest part is 5 MiB
 MISSING = frozenset({"404", "NoSuchKey", "NotFound", "NoSuchBucket"})
+REFUSED = frozenset({"AccessDenied", "NotImplemented", "MethodNotAllowed"})
+REFUSED_STATUS = frozenset({403, 405, 501})
+QUICK_SECONDS = 2.0  # a quick store's longest wait for a connection, and for an answer
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,18 @@ def artifact_key(job_id: str, token: int, name: str) -> str:
 
 
 class ObjectStore:
-    """One bucket. Safe to share between threads. Methods raise StorageUnavailable when S3 can't be used."""
+    """One bucket. Safe to share between threads. Methods raise StorageUnavailable when S3 can't be used, and
+    StorageRefused, which is one, when it understood and won't.
 
-    def __init__(self, settings: Settings) -> None:
+    quick: a request is tried once and waited for QUICK_SECONDS at most, for a caller that looks again itself.
+    """
+
+    def __init__(self, settings: Settings, *, quick: bool = False) -> None:
         self.settings = settings
         self.bucket = settings.s3_bucket
-        self._client = _client(settings, settings.s3_endpoint)
+        self._client = _client(settings, settings.s3_endpoint, quick)
         public = settings.s3_public_endpoint or settings.s3_endpoint
-        self._signer = self._client if public == settings.s3_endpoint else _client(settings, public)
+        self._signer = self._client if public == settings.s3_endpoint else _client(settings, public, quick)
         self._transfer = TransferConfig(
             multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=4
         )
@@ -186,7 +193,9 @@ class ObjectStore:
             code = str(error.response.get("Error", {}).get("Code", ""))
             if code in MISSING:
                 raise FileNotFoundError(f"could not {what}: storage has no such object") from error
-            raise StorageUnavailable(self._where(what, f"it answered {code or error}")) from error
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            kind = StorageRefused if code in REFUSED or status in REFUSED_STATUS else StorageUnavailable
+            raise kind(self._where(what, f"it answered {code or error}")) from error
         except (BotoCoreError, Boto3Error) as error:
             raise StorageUnavailable(self._where(what, str(error))) from error
 
@@ -198,7 +207,7 @@ class ObjectStore:
         )
 
 
-def _client(settings: Settings, endpoint: str | None) -> "S3Client":
+def _client(settings: Settings, endpoint: str | None, quick: bool) -> "S3Client":
     secret = settings.s3_secret_key.get_secret_value() if settings.s3_secret_key else None
     return boto3.client(
         "s3",
@@ -208,9 +217,9 @@ def _client(settings: Settings, endpoint: str | None) -> "S3Client":
         aws_secret_access_key=secret,
         config=Config(
             signature_version="s3v4",
-            connect_timeout=5,
-            read_timeout=30,
-            retries={"max_attempts": 4, "mode": "standard"},
+            connect_timeout=QUICK_SECONDS if quick else 5,
+            read_timeout=QUICK_SECONDS if quick else 30,
+            retries={"total_max_attempts": 1 if quick else 5, "mode": "standard"},
             max_pool_connections=16,
             # a custom endpoint rarely has wildcard DNS for its buckets
             s3={"addressing_style": "path" if endpoint else "auto"},

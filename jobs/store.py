@@ -159,7 +159,7 @@ class JobStore(JobReader):
             return self.redis.execute_command("BRPOP", f"{PREFIX}wake:{model}", longest) is not None
 
     def _operate(self, script: str, job_id: str, wanted: str, *args: str) -> Job:
-        reply = self.scripts.run(script, job_id, *args, durable=True)
+        reply = self.scripts.run(script, job_id, *args, uuid4().hex, durable=True)
         if reply[0] == "missing":
             raise JobNotFound(job_id)
         if reply[0] == "illegal":

@@ -1,10 +1,12 @@
 """A cloud's word that it will soon take this machine back: polled from its metadata address.
 
 Sources: the clouds' own pages on spot interruption notices (AWS `spot/instance-action`, IMDSv2), preemption
-(GCP `instance/preempted`) and scheduled events (Azure, `Preempt`). Kubernetes sends SIGTERM, which needs
+(GCP `instance/preempted`) and scheduled events (Azure, `Preempt`; a machine of a scale set or availability
+set hears of all its machines' events, and `Resources` names theirs). Kubernetes sends SIGTERM, which needs
 nothing of this. Imports neither Ray nor torch: the supervisor runs it.
 """
 
+import http.client
 import json
 import logging
 import threading
@@ -34,6 +36,7 @@ class Notice:
 
     cloud: Cloud
     endpoint: str | None = None
+    _machine: str = ""  # this one's name, once it was asked for
     _token: str = ""
     _token_until: float = 0.0
     _opener: urllib.request.OpenerDirector = field(
@@ -49,8 +52,8 @@ class Notice:
             flag = self._get("/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"})
             return (flag or "").strip() == "TRUE"
         text = self._get("/metadata/scheduledevents?api-version=2020-07-01", {"Metadata": "true"})
-        events = json.loads(text or "{}").get("Events", [])
-        return any(event.get("EventType") == "Preempt" for event in events)
+        names = preempted(text or "{}")
+        return bool(names) and self._azure_name() in names
 
     def watch(self, call: Callable[[], None]) -> None:
         """From a thread of its own: call once when the notice is given."""
@@ -75,8 +78,7 @@ class Notice:
         if time.monotonic() > self._token_until:
             request = urllib.request.Request(self._url("/latest/api/token"), method="PUT")
             request.add_header("X-aws-ec2-metadata-token-ttl-seconds", str(TOKEN_SECONDS))
-            with self._opener.open(request, timeout=TIMEOUT_SECONDS) as answer:
-                self._token = answer.read().decode()
+            self._token = self._ask(request)
             self._token_until = time.monotonic() + TOKEN_SECONDS / 2
         return self._token
 
@@ -84,13 +86,45 @@ class Notice:
         """The body; None for 404, which is how AWS says "no notice"."""
         request = urllib.request.Request(self._url(path), headers=headers)
         try:
-            with self._opener.open(request, timeout=TIMEOUT_SECONDS) as answer:
-                return str(answer.read().decode())
+            return self._ask(request)
         except urllib.error.HTTPError as error:
             error.close()
             if error.code == 404:
                 return None
             raise
 
+    def _ask(self, request: urllib.request.Request) -> str:
+        """The body. Raises OSError, and ValueError for what isn't HTTP or breaks off."""
+        try:
+            with self._opener.open(request, timeout=TIMEOUT_SECONDS) as answer:
+                return str(answer.read().decode())
+        except http.client.HTTPException as error:
+            raise ValueError(f"got {error!r}, expected an answer by HTTP") from error
+
+    def _azure_name(self) -> str:
+        """This machine's name as events give it. It never changes. Raises OSError, ValueError."""
+        if not self._machine:
+            path = "/metadata/instance/compute/name?api-version=2021-02-01&format=text"
+            self._machine = (self._get(path, {"Metadata": "true"}) or "").strip().lower()
+            if not self._machine:
+                raise ValueError("the metadata service knows no name of this machine")
+        return self._machine
+
     def _url(self, path: str) -> str:
         return (self.endpoint or ENDPOINTS[self.cloud]) + path
+
+
+def preempted(text: str) -> set[str]:
+    """The machines, in small letters, that Azure's scheduled events say are about to be taken back.
+
+    Raises ValueError for a text of another shape.
+    """
+    try:
+        return {
+            str(name).lower()
+            for event in json.loads(text).get("Events", [])
+            if event.get("EventType") == "Preempt"
+            for name in event["Resources"]
+        }
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"got {text[:80]!r}, expected Azure's scheduled events") from error

@@ -6,6 +6,8 @@ import secrets
 import socket
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 from jobs.log import setup_logging
@@ -13,6 +15,7 @@ from jobs.settings import Settings
 from jobs.startup import Missing, made_bucket_missing, redis_missing, storage_missing, wait_for
 from worker.plan import NodePlan, ranks_and_device, threads_per_rank
 
+BUCKET_SECONDS = 5.0  # between two looks for a bucket that could not be made in the time to start
 log = logging.getLogger(__name__)
 
 
@@ -45,12 +48,20 @@ def run_celery(settings: Settings, role: str = "all") -> int:
         wait_for(settings, "celery", redis_missing)
     except (Missing, ValueError) as error:
         return _refuse("celery", error)
-    if role != "beat":
-        try:
-            wait_for(settings, "celery", made_bucket_missing)
-        except Missing as missing:  # webhooks need none
-            log.warning("the bucket can't be made now: %s", missing)
+    if role != "beat":  # beside serving, for webhooks need no bucket
+        threading.Thread(target=prepare_bucket, args=(settings,), name="bucket", daemon=True).start()
     return serve(settings, role)
+
+
+def prepare_bucket(settings: Settings) -> None:
+    """Make the bucket that API and nodes wait for, and set its CORS rules, however long S3 stays away."""
+    try:
+        wait_for(settings, "celery", made_bucket_missing)
+    except Missing as missing:
+        log.warning("the bucket can't be made now, looking on: %s", missing)
+        while made_bucket_missing(settings):
+            time.sleep(BUCKET_SECONDS)
+        log.info("the bucket is there now")
 
 
 def make_plan(settings: Settings, model_path: Path, name: str | None) -> NodePlan:

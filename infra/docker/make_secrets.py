@@ -27,6 +27,7 @@ JOB_KEYS = (
 WHOLE_KEYS = (
     "queues",
     "deadlines",
+    "fence",
     "retention",
     "dead",
     "garbage",

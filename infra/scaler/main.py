@@ -11,17 +11,17 @@ from types import FrameType
 from infra.scaler.config import ConfigError, ScalerConfig, load, make_driver
 from infra.scaler.driver import DriverError
 from infra.scaler.drivers.local import LocalNodes
-from infra.scaler.memory import Leadership, RedisMemory
+from infra.scaler.memory import Leadership, LeadLost, RedisMemory
 from infra.scaler.metrics import ScalerMetrics
 from infra.scaler.observe import QueueSource
 from infra.scaler.reconcile import Pass, Pool
-from jobs.client import RedisClient, connect
+from jobs.client import connect
 from jobs.errors import StoreUnavailable
 from jobs.nodes import NodeRegistry
 from jobs.settings import Settings
 from jobs.store import JobStore
 
-LEAD_SECONDS = 60.0  # at least; a slow cloud tool must not cost the lead
+LEAD_SECONDS = 60.0  # at least; until a dead leader is followed. A pass that takes longer renews it
 log = logging.getLogger(__name__)
 Say = Callable[[str], None]
 
@@ -43,11 +43,10 @@ def run(
     plan = load(config)
     client = connect(settings)
     source = QueueSource(JobStore(client, settings), NodeRegistry(client))
+    lead = Leadership(client, max(LEAD_SECONDS, 4 * plan.interval))
+    memory = RedisMemory(client, lead)
     local: list[LocalNodes] = []
-    pools = [
-        Pool(pool.model, pool.policy, make_driver(pool, local), source, RedisMemory(client))
-        for pool in plan.pools
-    ]
+    pools = [Pool(pool.model, pool.policy, make_driver(pool, local), source, memory) for pool in plan.pools]
     say = say or (lambda line: print(line, flush=True))
     if dry_run:
         for pool in pools:
@@ -57,7 +56,7 @@ def run(
     if metrics_port is not None:
         _serve(metrics, metrics_port)
     try:
-        return Loop(plan, pools, client, metrics, say).run(once)
+        return Loop(plan, pools, lead, metrics, say).run(once)
     finally:
         for nodes in local:
             nodes.stop_all()
@@ -76,11 +75,11 @@ class Loop:
     """
 
     def __init__(
-        self, plan: ScalerConfig, pools: list[Pool], client: RedisClient, metrics: ScalerMetrics, say: Say
+        self, plan: ScalerConfig, pools: list[Pool], lead: Leadership, metrics: ScalerMetrics, say: Say
     ) -> None:
         self._plan = plan
         self._pools = pools
-        self._lead = Leadership(client, max(LEAD_SECONDS, 4 * plan.interval))
+        self._lead = lead
         self._metrics = metrics
         self._say = say
         self._stop = threading.Event()
@@ -119,7 +118,11 @@ class Loop:
             if self._stop.is_set() or not self._lead.hold():
                 return
             try:
-                done = pool.step()
+                with self._lead.kept():
+                    done = pool.step()
+            except LeadLost as error:
+                self._say(f"scaler: {error}")
+                return
             except DriverError as error:
                 self._say(f"scaler: {pool.model}: {error}")
                 self._metrics.failed(pool.model)

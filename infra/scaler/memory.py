@@ -5,13 +5,23 @@ Redis keys: ``reel:scaler:memory:<model>`` (string, JSON, rewritten at every pas
 """
 
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any, Protocol
 from uuid import uuid4
 
 from infra.scaler.policy import Memory
 from jobs.client import RedisClient, guard
+from jobs.errors import StoreUnavailable
 from jobs.scripts import PREFIX
+
+LEADER = f"{PREFIX}scaler:leader"
+
+
+class LeadLost(Exception):
+    """Another scaler leads, or may: what this one has seen and decided is void. Nothing was written."""
 
 
 class MemoryStore(Protocol):
@@ -22,15 +32,16 @@ class MemoryStore(Protocol):
         ...
 
     def save(self, model: str, memory: Memory) -> None:
-        """Keep it."""
+        """Keep it. Raises LeadLost when somebody else may have written meanwhile; the pass ends then."""
         ...
 
 
 class RedisMemory:
-    """In Redis, beside the queue: what one scaler wrote, its successor reads."""
+    """In Redis, beside the queue: what one scaler wrote, its successor reads. Only the leader writes."""
 
-    def __init__(self, client: RedisClient) -> None:
+    def __init__(self, client: RedisClient, lead: "Leadership") -> None:
         self._redis = client
+        self._lead = lead
 
     def load(self, model: str) -> Memory:
         """Raises StoreUnavailable, and ValueError for a text that is not ours."""
@@ -39,9 +50,9 @@ class RedisMemory:
         return Memory() if text is None else from_json(text)
 
     def save(self, model: str, memory: Memory) -> None:
-        """Raises StoreUnavailable."""
-        with guard():
-            self._redis.execute_command("SET", _key(model), to_json(memory))
+        """Raises StoreUnavailable, and LeadLost, which is told in the same step as the write."""
+        if not self._lead.write(_key(model), to_json(memory)):
+            raise LeadLost(f"the lead was lost during the pass for {model}: its plan is dropped")
 
 
 def to_json(memory: Memory) -> str:
@@ -76,7 +87,10 @@ end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
-_LEAVE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
+_OURS = "if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end "
+_RENEW = _OURS + "return redis.call('PEXPIRE', KEYS[1], ARGV[2])"
+_WRITE = _OURS + "redis.call('SET', KEYS[2], ARGV[2]) return 1"
+_LEAVE = _OURS + "return redis.call('DEL', KEYS[1])"
 
 
 class Leadership:
@@ -89,12 +103,37 @@ class Leadership:
 
     def hold(self) -> bool:
         """Take or renew the lead; False while somebody else has it. Raises StoreUnavailable."""
-        return self._run(_HOLD, self._token, self._limit)
+        return self._run(_HOLD, (LEADER,), self._limit)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Renew the lead from a thread while the block runs, however slow the clouds' tools are.
+
+        A lead that ended all the same is not taken again: another scaler may have acted since.
+        """
+        done = threading.Event()
+        thread = threading.Thread(target=self._renew, args=(done,), name="lead", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def write(self, key: str, text: str) -> bool:
+        """Set `key` while the lead is ours, in one step; False if it is not. Raises StoreUnavailable."""
+        return self._run(_WRITE, (LEADER, key), text)
 
     def leave(self) -> None:
         """Let a successor start at once. Raises StoreUnavailable."""
-        self._run(_LEAVE, self._token)
+        self._run(_LEAVE, (LEADER,))
 
-    def _run(self, script: str, *args: str | int) -> bool:
+    def _renew(self, done: threading.Event) -> None:
+        while not done.wait(self._limit / 4000):  # four times in its life
+            with suppress(StoreUnavailable):  # again at the next turn, unless it ends before
+                if not self._run(_RENEW, (LEADER,), self._limit):
+                    return
+
+    def _run(self, script: str, keys: tuple[str, ...], *args: str | int) -> bool:
         with guard():
-            return bool(self._redis.execute_command("EVAL", script, 1, f"{PREFIX}scaler:leader", *args))
+            return bool(self._redis.execute_command("EVAL", script, len(keys), *keys, self._token, *args))

@@ -49,6 +49,19 @@ local function reply(job)
   return {'ok', cjson.encode(job), redis.call('GET', P .. 'body:' .. job.id)}
 end
 
+-- What an operation answered that is sent again because its reply was lost; nil for a new one. `nonce` is of one call
+-- and its repeats: whoever asks for the same thing once more is told that it is too late.
+local function repeated(nonce)
+  local answer = redis.call('GET', P .. 'operation:' .. nonce)
+  return answer and cjson.decode(answer) or nil
+end
+
+-- The answer itself, for a delete leaves no record. A client gives up far sooner than a minute.
+local function remember(nonce, answer)
+  redis.call('SET', P .. 'operation:' .. nonce, cjson.encode(answer), 'EX', 60)
+  return answer
+end
+
 -- Listing indexes: ids sort by creation, so the cursor is the last id seen. Model and ref only per key.
 local function indexes(job)
   local own, all = P .. 'list:' .. job.key_id .. ':', P .. 'list:*:'

@@ -1,5 +1,9 @@
--- cancel(job): queued -> canceled at once; running -> cancel_requested, which the owner's next heartbeat returns.
--- Guards: a job that has ended stays as it is.
+-- cancel(job, nonce): queued -> canceled at once; running -> cancel_requested, which the next heartbeat returns.
+-- Guards: a job that has ended stays as it is; a cancel sent again because its reply was lost gets the first answer.
+local before = repeated(ARGV[3])
+if before then
+  return before
+end
 local job = load(ARGV[2])
 if not job then
   return {'missing'}
@@ -14,4 +18,4 @@ elseif job.state == 'running' then
 else
   return {'illegal', job.state}
 end
-return reply(job)
+return remember(ARGV[3], reply(job))

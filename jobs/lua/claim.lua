@@ -31,7 +31,8 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', leases, '-inf', seconds(now), 'L
 end
 
 rise(model)
-local budget = 256 -- entries looked at in one call, so that a long run of dead entries can't block Redis
+local budget = 256 -- entries removed in one call, so that a long run of dead ones can't block Redis; as each `more`
+-- removed so many, it is not answered for ever. Entries that are left (8 in each of 64 lanes) need no such bound.
 local lanes = redis.call('ZRANGE', P .. 'lanes:' .. model, 0, 63, 'WITHSCORES')
 for i = 1, #lanes, 2 do
   local level, key = tonumber(string.sub(lanes[i], 1, 1)), string.sub(lanes[i], 3)
@@ -44,11 +45,12 @@ for i = 1, #lanes, 2 do
     if budget == 0 then
       return {'more'}
     end
-    budget = budget - 1
     local job = load(id)
     if not job or job.state ~= 'queued' then
+      budget = budget - 1
       dequeue_entry(model, level, key, id)
     elseif overdue(job) then
+      budget = budget - 1
       conclude(job, 'expired', {})
     elseif tonumber(job.schema) > schema then
       skipped = skipped + 1

@@ -1,5 +1,9 @@
--- reject(job, problem): queued -> failed, by an operator, for a job that no node will ever take.
--- Guards: only a waiting job; the dead letter keeps it for a replay.
+-- reject(job, problem, nonce): queued -> failed, by an operator, for a job that no node will ever take.
+-- Guards: only a waiting job; the dead letter keeps it for a replay; a repeat (same nonce) gets the first answer.
+local before = repeated(ARGV[4])
+if before then
+  return before
+end
 local job = load(ARGV[2])
 if not job then
   return {'missing'}
@@ -9,4 +13,4 @@ if job.state ~= 'queued' then
 end
 conclude(job, 'failed', {error = ARGV[3]})
 redis.call('ZADD', P .. 'dead', seconds(now), job.id)
-return reply(job)
+return remember(ARGV[4], reply(job))

@@ -1,5 +1,10 @@
--- replay(job): failed -> queued, by an operator, with its attempts reset and at the back of its lane.
--- Guards: only a job of the dead letter (a user error would only fail again); the token goes on rising.
+-- replay(job, nonce): failed -> queued, by an operator, with its attempts reset and at the back of its lane.
+-- Guards: only a job of the dead letter (a user error would only fail again); the token goes on rising; a repeat
+-- (same nonce) gets the first answer and queues nothing.
+local before = repeated(ARGV[3])
+if before then
+  return before
+end
 local job = load(ARGV[2])
 if not job then
   return {'missing'}
@@ -16,4 +21,4 @@ move(job, 'queued', {
 use_image(job, 1)
 enqueue(job)
 emit(job, 'queued')
-return reply(job)
+return remember(ARGV[3], reply(job))

@@ -44,9 +44,8 @@ def snapshot(redis: Any, settings: Settings | None, runs: Path | None) -> dict[s
 
 
 def _may_expire(key: str) -> bool:
-    return key.startswith(
-        ("reel:claim:", "reel:wake:", "reel:idem:", "reel:gone:", "reel:drain:", "reel:node:")
-    )
+    passing = ("claim", "operation", "wake", "idem", "gone", "drain", "node")
+    return key == "reel:fence" or key.startswith(tuple(f"reel:{name}:" for name in passing))
 
 
 def _job(redis: Any, job_id: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 from jobs.job import Job, Priority
 from jobs.store import JobStore
 from tests.jobs.conftest import MakeStore
-from tests.support.jobs import new_job, result
+from tests.support.jobs import new_job, result, video_request
 
 P = Priority
 
@@ -135,6 +135,20 @@ def test_models_have_queues_of_their_own(store: JobStore) -> None:
     taken = store.claim("other", "node")
     assert taken is not None
     assert taken.id == job.id
+
+
+def test_many_newer_jobs_keep_no_older_node_busy(store: JobStore) -> None:
+    """More of them than one call removes of dead entries: it says "none", not "ask again" for ever."""
+    draft = video_request(quality="draft")
+    for key in range(11):
+        for priority in Priority:
+            for _ in range(8):
+                store.submit(new_job(key=f"key_{key}", priority=priority, request=draft))
+    assert store.scripts.run("claim", "tiny", "old node", 1, "nonce") == ["none"]
+    plain, _ = store.submit(new_job(key="key_z", priority=Priority.LOW))
+    taken = store.claim("tiny", "old node", schema=1)
+    assert taken is not None
+    assert taken.id == plain.id
 
 
 def test_a_newer_job_is_left_to_newer_nodes(store: JobStore) -> None:

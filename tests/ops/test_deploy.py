@@ -29,7 +29,7 @@ from infra.models import has_checkpoint
 from infra.prometheus.exporter import Exporter
 from jobs.client import connect
 from jobs.endpoints import EndpointStore
-from jobs.errors import StorageUnavailable
+from jobs.errors import StorageUnavailable, StoreUnavailable
 from jobs.job import FailureClass, JobError, Phase, WebhookEvent
 from jobs.keys import KeyStore
 from jobs.nodes import GpuUse, NodeInfo, NodeRegistry
@@ -333,6 +333,9 @@ def test_redis_users_may_do_their_part_and_no_more(tmp_path: Path) -> None:
         assert claimed is not None
         store.heartbeat(claimed.id, claimed.token, phase=Phase.DENOISING, step=1, progress=0.5)
         assert store.finish(claimed.id, claimed.token, result(job.id, 1)).terminal
+        replicated = JobStore(client, Settings(redis_wait_replicas=1, redis_wait_ms=1))
+        with pytest.raises(StoreUnavailable, match="0 of 1 replicas"):  # there is none, but it may ask
+            replicated.finish(claimed.id, claimed.token, result(job.id, 1))
         assert len(Outbox(client, Settings()).for_job(job.id)) == 3  # callback 1, endpoint 2
         Timings(client).learn(image, {"denoising": 1.0})
         for command in (

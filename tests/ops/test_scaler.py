@@ -3,7 +3,7 @@
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,14 @@ import pytest
 
 from infra.errors import CliError
 from infra.prometheus import exporter
-from infra.scaler.config import ConfigError
-from infra.scaler.main import run
+from infra.scaler.config import ConfigError, ScalerConfig
+from infra.scaler.driver import Health, Rented
+from infra.scaler.main import Loop, run
 from infra.scaler.memory import Leadership, RedisMemory, from_json
+from infra.scaler.metrics import ScalerMetrics
 from infra.scaler.observe import QueueSource, expected_seconds
-from infra.scaler.policy import Memory
+from infra.scaler.policy import Memory, Policy
+from infra.scaler.reconcile import Pool
 from jobs.client import connect
 from jobs.nodes import NodeInfo, NodeRegistry
 from jobs.settings import Settings
@@ -106,7 +109,7 @@ def test_one_pass_orders_and_remembers_over_a_restart(settings: Settings, tmp_pa
     (tmp_path / "s.toml").write_text(POOL + "job_seconds = 3\n")
     for _ in range(2):  # the second finds the first one's order in its memory and makes no other
         assert run(settings, tmp_path / "s.toml", once=True, say=lambda line: None) == 0
-        memory = RedisMemory(client).load("tiny")
+        memory = RedisMemory(client, Leadership(client, 1)).load("tiny")
         assert len(memory.orders) == 1
     assert client.execute_command("EXISTS", "reel:scaler:leader") == 0  # it left the lead
 
@@ -123,6 +126,78 @@ def test_one_leads_and_a_dead_leader_is_followed(settings: Settings) -> None:
     assert not first.hold()
     second.leave()
     assert first.hold()
+
+
+class SlowCloud:
+    """A cloud whose list takes `seconds`, and lets `meanwhile` happen."""
+
+    def __init__(self, seconds: float = 0.0, meanwhile: Callable[[], object] = lambda: None) -> None:
+        self.seconds = seconds
+        self.meanwhile = meanwhile
+        self.rented: list[str] = []
+
+    def machines(self) -> list[Rented]:
+        found = [Rented(name, Health.PENDING, time.time()) for name in self.rented]
+        time.sleep(self.seconds)
+        self.meanwhile()
+        return found
+
+    def add(self, name: str) -> None:
+        self.rented.append(name)
+
+    def remove(self, name: str) -> None:
+        self.rented.remove(name)
+
+
+def loop(settings: Settings, cloud: SlowCloud, seconds: float, said: list[str]) -> Loop:
+    """A scaler of its own with one pool in `cloud`, whose lead lasts `seconds`."""
+    client: Any = connect(settings)
+    lead = Leadership(client, seconds)
+    source = QueueSource(JobStore(client, settings), NodeRegistry(client))
+    pool = Pool("tiny", Policy(target_wait=600, max_nodes=1), cloud, source, RedisMemory(client, lead))
+    return Loop(ScalerConfig(0.1, ()), [pool], lead, ScalerMetrics(), said.append)
+
+
+def test_a_cloud_slower_than_the_lead_does_not_cost_it(settings: Settings) -> None:
+    store = JobStore(connect(settings), settings)
+    store.submit(new_job())
+    slow = SlowCloud(1.0)
+    first = threading.Thread(target=loop(settings, slow, 0.4, []).one_pass)
+    first.start()
+    time.sleep(0.7)  # the lead would be over by now, and the first has ordered nothing yet
+    other = SlowCloud()
+    loop(settings, other, 0.4, []).one_pass()
+    first.join()
+    assert (len(slow.rented), other.rented) == (1, [])
+
+
+def test_a_plan_made_under_a_lead_that_ended_is_dropped(settings: Settings) -> None:
+    """The process stood still, say: another one led, acted and left before the first goes on."""
+    store = JobStore(connect(settings), settings)
+    store.submit(new_job())
+    quick, said = SlowCloud(), list[str]()
+
+    def another_acts() -> None:
+        store.redis.execute_command("DEL", "reel:scaler:leader")
+        loop(settings, quick, 30, []).one_pass()
+
+    stale = SlowCloud(meanwhile=another_acts)
+    loop(settings, stale, 30, said).one_pass()
+    assert (len(quick.rented), stale.rented) == (1, [])
+    assert said == ["scaler: the lead was lost during the pass for tiny: its plan is dropped"]
+    memory = RedisMemory(store.redis, Leadership(store.redis, 1)).load("tiny")
+    assert [name for name, _ in memory.orders] == quick.rented
+
+
+def test_a_lead_that_ended_is_not_kept_by_taking_it_again(settings: Settings) -> None:
+    client: Any = connect(settings)
+    lead = Leadership(client, 0.2)
+    assert lead.hold()
+    with lead.kept():
+        client.execute_command("DEL", "reel:scaler:leader")
+        time.sleep(0.15)
+        assert not lead.write("reel:scaler:memory:tiny", "{}")
+    assert client.execute_command("EXISTS", "reel:scaler:leader", "reel:scaler:memory:tiny") == 0
 
 
 def test_only_one_of_many_gets_the_lead(settings: Settings) -> None:

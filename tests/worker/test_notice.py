@@ -4,9 +4,11 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from socketserver import BaseRequestHandler, TCPServer
 
 import pytest
 
+import worker.notice
 from tests.support.serving import serving
 from worker.notice import Cloud, Notice
 
@@ -30,10 +32,15 @@ class Metadata(BaseHTTPRequestHandler):
         elif self.path == "/computeMetadata/v1/instance/preempted":
             assert self.headers["Metadata-Flavor"] == "Google"
             self.answer(200, "TRUE" if reclaimed else "FALSE")
-        else:
+        elif self.path == "/metadata/instance/compute/name?api-version=2021-02-01&format=text":
             assert self.headers["Metadata"] == "true"
-            kinds = ["Reboot", "Preempt"] if reclaimed else ["Reboot"]
-            self.answer(200, json.dumps({"Events": [{"EventType": kind} for kind in kinds]}))
+            self.answer(200, "fleet_3")
+        else:
+            assert self.path == "/metadata/scheduledevents?api-version=2020-07-01"
+            assert self.headers["Metadata"] == "true"
+            preempted = "Fleet_3" if reclaimed else "fleet_7"  # every machine of a scale set hears of all
+            events = [("Reboot", "fleet_3"), ("Preempt", preempted)]
+            self.answer(200, json.dumps({"Events": [{"EventType": e, "Resources": [r]} for e, r in events]}))
 
     def answer(self, status: int, text: str) -> None:
         self.send_response(status)
@@ -72,3 +79,47 @@ def test_a_service_that_is_not_there_is_no_notice(caplog: pytest.LogCaptureFixtu
     notice.watch(called.set)
     assert not called.wait(0.3)
     assert "does not answer" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "reply", [b"\r\n\r\nnonsense\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n[]"]
+)
+def test_nonsense_does_not_end_the_watch(
+    reply: bytes, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half an answer, or none of HTTP's: it may be a proxy that starts, and the next answer counts."""
+    monkeypatch.setattr(worker.notice, "POLL_SECONDS", 0.01)
+    replies = [reply, reply, b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nTRUE"]
+
+    class Talks(BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(9999)
+            self.request.sendall(replies.pop(0))
+
+    with serving(TCPServer(("127.0.0.1", 0), Talks)) as server:
+        called = threading.Event()
+        Notice("gcp", f"http://127.0.0.1:{server.server_address[1]}").watch(called.set)
+        assert called.wait(5)
+    assert replies == []
+    assert caplog.text.count("does not answer") == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "[]",
+        '{"Events": ["Preempt"]}',
+        '{"Events": 3}',
+        '{"Events": [{"EventType": "Preempt", "Resources": 3}]}',
+    ],
+)
+def test_events_of_another_shape_are_named(body: str) -> None:
+    class Says(Metadata):
+        def do_GET(self) -> None:
+            self.answer(200, body)
+
+    with (
+        serving(HTTPServer(("127.0.0.1", 0), Says)) as server,
+        pytest.raises(ValueError, match="scheduled events"),
+    ):
+        Notice("azure", f"http://127.0.0.1:{server.server_port}").given()

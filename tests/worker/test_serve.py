@@ -1,13 +1,16 @@
 """What an operator sees when a node or Celery can't start: one line and exit code 1."""
 
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from jobs.settings import Settings
-from worker.serve import run_celery, run_node
+from worker import celery_app
+from worker import serve as serve_module
+from worker.serve import prepare_bucket, run_celery, run_node
 
 
 @pytest.fixture(autouse=True)
@@ -51,3 +54,34 @@ def test_celery_needs_the_secret_key_and_a_known_role(
     assert "REEL_SECRET_KEY" in one_line(capsys)
     assert run_celery(settings, "chef") == 1
     assert "worker, beat or all" in one_line(capsys)
+
+
+def test_celery_serves_while_s3_says_nothing(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, served = threading.Event(), threading.Event()
+
+    def look(settings: Settings) -> str | None:
+        asked.set()
+        return None if served.wait(10) else "nobody served before the bucket was there"
+
+    def serve(settings: Settings, role: str) -> int:
+        assert asked.wait(10)
+        served.set()
+        return 0
+
+    monkeypatch.setattr(serve_module, "made_bucket_missing", look)
+    monkeypatch.setattr(celery_app, "serve", serve)
+    assert run_celery(settings, "worker") == 0
+    assert served.is_set()
+
+
+def test_celery_makes_the_bucket_of_an_s3_that_came_late(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    looks = iter(["S3 is away", "S3 is away", "S3 is away", None])
+    monkeypatch.setattr(serve_module, "made_bucket_missing", lambda settings: next(looks))
+    monkeypatch.setattr(serve_module, "BUCKET_SECONDS", 0.01)
+    caplog.set_level(logging.INFO)
+    prepare_bucket(settings.model_copy(update={"start_seconds": 0}))
+    assert next(looks, "used up") == "used up"
+    assert "looking on: S3 is away" in caplog.text
+    assert "the bucket is there now" in caplog.text

@@ -7,8 +7,9 @@ from tests.chaos.checks.case import TERMINAL, Case, Record
 
 GLOBAL = re.compile(
     r"reel:(queues|deadlines|retention|dead|garbage|outbox|outbox:dead|nodes|models|uploads|uploads:users|outcomes"
-    r"|apikeys|apikeys:hashes|apikeys:endpoints|celery:.*|login.*"
-    r"|(lane|lanes|rising|vtime|waiting|running|leases|timings|wake|claim|idem|gone|node|drain|list|rate):.*)$"
+    r"|fence|apikeys|apikeys:hashes|apikeys:endpoints|celery:.*|login.*"
+    r"|(lane|lanes|rising|vtime|waiting|running|leases|timings|wake|claim|operation"
+    r"|idem|gone|node|drain|list|rate):.*)$"
 )
 OF_JOB = re.compile(r"reel:(?:job|body|events|deliveries|pending):(job_\w+)$|reel:delivery:msg_(\w+)_\d+$")
 

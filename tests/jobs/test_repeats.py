@@ -1,0 +1,93 @@
+"""A command whose reply was lost is sent again: what a client or an operator asked for happens once, and is
+answered as if nothing had been lost.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from redis.exceptions import ConnectionError as RedisGone
+
+from jobs.errors import IllegalTransition, JobNotFound
+from jobs.job import FailureClass, Job, JobError
+from jobs.store import JobStore
+from tests.support.jobs import new_job
+
+BROKEN = JobError(type="x", title="x", detail="x", failure_class=FailureClass.INFRASTRUCTURE)
+
+
+def waiting(store: JobStore) -> Job:
+    return store.submit(new_job(callback_url="https://a.example/"))[0]
+
+
+def running(store: JobStore) -> Job:
+    waiting(store)
+    job = store.claim("tiny", "node")
+    assert job is not None
+    return job
+
+
+def ended(store: JobStore) -> Job:
+    return store.cancel(waiting(store).id)
+
+
+def dead(store: JobStore) -> Job:
+    return store.reject(waiting(store).id, BROKEN)
+
+
+OPERATIONS: dict[str, tuple[Callable[[JobStore], Job], Callable[[JobStore, str], Job], str]] = {
+    "cancel a waiting job": (waiting, lambda store, job: store.cancel(job), "canceled"),
+    "cancel a running job": (running, lambda store, job: store.cancel(job), "running"),
+    "reject": (waiting, lambda store, job: store.reject(job, BROKEN), "failed"),
+    "replay": (dead, lambda store, job: store.replay(job), "queued"),
+    "delete": (ended, lambda store, job: store.delete(job), "canceled"),
+}
+
+
+def lose_next_reply(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Cut the connection after the next script's reply has come; what was cut is in the list."""
+    connection: Any = store.redis
+    kind = connection.connection_pool.connection_class
+    read, lost = kind.read_response, []
+
+    def read_and_lose(self: Any, *args: Any, **options: Any) -> Any:
+        reply = read(self, *args, **options)
+        if isinstance(reply, list) and not lost:
+            lost.append(str(reply[0]))
+            self.disconnect()
+            raise RedisGone("the reply was lost")
+        return reply
+
+    monkeypatch.setattr(kind, "read_response", read_and_lose)
+    return lost
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_lost_reply_changes_nothing(store: JobStore, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin, operate, state = OPERATIONS[name]
+    job = begin(store)
+    lost = lose_next_reply(store, monkeypatch)
+    answer = operate(store, job.id)
+    assert lost == ["ok"]
+    assert (answer.id, answer.state) == (job.id, state)
+    monkeypatch.undo()
+    if name == "delete":
+        with pytest.raises(JobNotFound):
+            store.get(job.id)
+    else:
+        assert store.get(job.id) == answer  # the version too: it happened once
+
+
+def test_asking_anew_is_no_repeat(store: JobStore) -> None:
+    job = ended(store)
+    with pytest.raises(IllegalTransition):
+        store.cancel(job.id)
+    store.delete(job.id)
+    with pytest.raises(JobNotFound):
+        store.delete(job.id)
+
+
+def test_what_is_remembered_of_an_operation_goes_by_itself(store: JobStore) -> None:
+    ended(store)
+    (key,) = store.redis.execute_command("KEYS", "reel:operation:*")
+    assert 0 < store.redis.execute_command("TTL", key) <= 60
