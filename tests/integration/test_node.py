@@ -100,6 +100,7 @@ def world() -> Iterator[World]:
             step_timeout_seconds=12.0,
             data_dir=folder / "data",
         )
+        ObjectStore(settings).ensure_bucket()  # Celery's part
         client = connect(settings)
         yield World(
             settings, JobStore(client, settings), ObjectStore(settings), NodeRegistry(client), proxy,
