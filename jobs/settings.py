@@ -118,7 +118,7 @@ class Settings(BaseSettings):
         """Read ``REEL_<NAME>_FILE`` for the secrets, as container secrets are mounted."""
         import os
 
-        for name in ("secret_key", "s3_secret_key", "redis_url"):
+        for name in ("secret_key", "s3_secret_key", "redis_url", "metrics_token"):
             path = os.environ.get(f"REEL_{name.upper()}_FILE")
             if path and name not in values:
                 values[name] = Path(path).read_text().strip()

@@ -18,7 +18,7 @@ from infra.scaler.policy import Policy
 INFRA = Path(__file__).resolve().parents[1]
 POLICY = {field.name for field in fields(Policy)}
 DRIVERS = {
-    "skypilot": {"template", "program"},
+    "skypilot": {"template", "program", "env", "secrets"},
     "kubernetes": {"template", "program", "namespace"},
     "simulated": {"node_model", "boot", "stock", "logs"},
 }
@@ -108,7 +108,8 @@ def make_driver(pool: PoolConfig, stack: list[LocalNodes]) -> Driver:
     try:
         if pool.driver == "skypilot":
             task = Path(options.get("template", INFRA / "skypilot/node.yaml"))
-            return SkyPilot(task, f"reel-{_slug(pool.model)}-", options.get("program", "sky"))
+            more = (_texts(options, "env"), _texts(options, "secrets"))
+            return SkyPilot(task, f"reel-{_slug(pool.model)}-", options.get("program", "sky"), *more)
         if pool.driver == "kubernetes":
             template = Path(options.get("template", INFRA / "kuberay/node.yaml"))
             namespace, program = options.get("namespace", "reelserve"), options.get("program", "kubectl")
@@ -116,6 +117,14 @@ def make_driver(pool: PoolConfig, stack: list[LocalNodes]) -> Driver:
     except ValueError as error:
         raise ConfigError(f"pool {pool.model}: {error}") from None
     return _simulated(pool, options, stack)
+
+
+def _texts(options: Mapping[str, Any], name: str) -> dict[str, str]:
+    """A table of texts. Raises ValueError."""
+    table = options.get(name, {})
+    if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
+        raise ValueError(f"{name}: got {table!r}, expected a table of texts by name")
+    return table
 
 
 def _simulated(pool: PoolConfig, options: dict[str, Any], stack: list[LocalNodes]) -> Driver:

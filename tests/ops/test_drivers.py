@@ -132,6 +132,33 @@ def test_skypilot_health_names_and_arguments(sky: tuple[SkyPilot, Tool]) -> None
     assert "REEL_NODE_ID=reel-m-d" in call
 
 
+def test_skypilot_hands_over_secrets_and_shows_them_to_nobody(
+    tmp_path: Path, sky: tuple[SkyPilot, Tool]
+) -> None:
+    _, made = sky
+    (tmp_path / "url").write_text("rediss://node:pw@redis.example.com:6380\n")
+    env = {"REEL_S3_ACCESS_KEY": "node", "REEL_MODEL_SOURCE": "s3://models/wan"}
+    task, secrets = tmp_path / "node.yaml", {"REEL_REDIS_URL": str(tmp_path / "url")}
+    real = made.program.read_text()
+    made.program.write_text(
+        real.replace(
+            "import",
+            f"import os\nopen({str(tmp_path / 'seen')!r}, 'w').write(os.environ['REEL_REDIS_URL'])\nimport",
+            1,
+        )
+    )
+    SkyPilot(task, "reel-m-", str(made.program), env, secrets).add("reel-m-d")
+    call = made.calls()[-1]
+    assert call[call.index("--secret") + 1] == "REEL_REDIS_URL"
+    assert {"REEL_NODE_ID=reel-m-d", "REEL_S3_ACCESS_KEY=node", "REEL_MODEL_SOURCE=s3://models/wan"} <= {
+        *call
+    }
+    assert not any("rediss://" in word for word in call)
+    assert (tmp_path / "seen").read_text() == "rediss://node:pw@redis.example.com:6380"
+    with pytest.raises(ValueError, match=r"secrets: REEL_REDIS_URL: .*none is not there or empty"):
+        SkyPilot(task, "reel-m-", "sky", env, {"REEL_REDIS_URL": str(tmp_path / "none")})
+
+
 def test_kubernetes_fills_the_template_and_reads_states(kubernetes: tuple[Kubernetes, Tool]) -> None:
     driver, made = kubernetes
     driver.add("reel-m-1")

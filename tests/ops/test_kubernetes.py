@@ -142,7 +142,7 @@ def check_all(texts: dict[str, str]) -> None:
     manifests = [one for text in texts.values() for one in documents(text)]
     check_together(manifests)
     kinds = [manifest["kind"] for manifest in manifests]
-    assert kinds.count("PodDisruptionBudget") == 3
+    assert kinds.count("PodDisruptionBudget") == 2
     assert {"NetworkPolicy", "ScaledObject", "RayCluster"} <= {*kinds}
 
 
@@ -164,7 +164,7 @@ def test_manifests() -> None:
         ("node.yaml", "gpu: 8, memory", "gpu: 7, memory"),
         ("node.yaml", "PeriodSeconds: 720", "PeriodSeconds: 30"),
         ("node.yaml", "reel, drain", "reel, dry"),
-        ("node.yaml", "livenessProbe:", "liveProbe:"),
+        ("node.yaml", "readinessProbe:", "readyProbe:"),
         ("node.yaml", "REEL_DRAIN_SECONDS", "REEL_DRAIN_SECONS"),
         ("node.yaml", "args: [node,", "args: [nod,"),
         ("node.yaml", 'rayVersion: "', 'rayVersion: "1'),

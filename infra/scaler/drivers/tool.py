@@ -1,8 +1,9 @@
 """Running a cloud's own command line tool, with a time limit and one line for what went wrong."""
 
 import json
+import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from infra.scaler.driver import DriverError
@@ -11,12 +12,22 @@ SECONDS = 120.0  # `sky status --refresh` asks every cloud
 TAIL = 300  # characters of a tool's complaint that are kept
 
 
-def call(argv: Sequence[str], *, text: str | None = None, seconds: float = SECONDS) -> str:
-    """The tool's standard output. Raises DriverError when it is missing, fails or takes longer than
-    `seconds`.
+def call(
+    argv: Sequence[str],
+    *,
+    text: str | None = None,
+    seconds: float = SECONDS,
+    env: Mapping[str, str] | None = None,
+) -> str:
+    """The tool's standard output. env: beside this process's own.
+
+    Raises DriverError when it is missing, fails or takes longer than `seconds`.
     """
     try:
-        done = subprocess.run(argv, input=text, capture_output=True, text=True, timeout=seconds, check=False)
+        done = subprocess.run(
+            argv, input=text, capture_output=True, text=True, timeout=seconds, check=False,
+            env={**os.environ, **(env or {})},
+        )  # fmt: skip
     except FileNotFoundError:
         raise DriverError(f"{argv[0]} is not installed here: install it, or choose another driver") from None
     except subprocess.TimeoutExpired:
