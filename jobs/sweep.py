@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from jobs.client import guard
 from jobs.scripts import PREFIX, Scripts
 
+TRIMMED = 1000  # entries that leave the webhooks' dead letter in one sweep, at most
+
 
 @dataclass
 class SweepReport:
@@ -45,6 +47,7 @@ class Sweeper:
         for job_id in self._due("retention", limit):
             if self._scripts.run("purge", job_id)[0] == "ok":
                 report.purged.append(job_id)
+        self._scripts.run("outbox_trim", TRIMMED)
         return report
 
     def _lose(self, job_id: str, model: str, report: SweepReport) -> None:
