@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 
-from jobs.client import guard
+from jobs.client import RedisClient, guard
 from jobs.scripts import PREFIX, Scripts
 
 TRIMMED = 1000  # entries that leave the webhooks' dead letter in one sweep, at most
@@ -66,3 +66,10 @@ class Sweeper:
                     "ZRANGEBYSCORE", f"{PREFIX}{index}", "-inf", now, "LIMIT", 0, limit
                 )
             )
+
+
+def garbage_later(redis: RedisClient, job_id: str) -> None:
+    """A removed job whose files can't be removed now: the others of `JobStore.garbage` go first."""
+    with guard():
+        now = int(redis.execute_command("TIME")[0])
+        redis.execute_command("ZADD", f"{PREFIX}garbage", "XX", now, job_id)
