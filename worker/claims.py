@@ -129,7 +129,7 @@ class ClaimLoop:
 
     def withdraw(self, job: Job, lease: Lease) -> None:
         """Let go of a job that the ranks haven't seen: canceled, given back (draining), or another's."""
-        self.spool.drop(job.id)
+        self.spool.discard(self.spool.attempt(job))
         if lease.canceled:
             tell(lambda: self.store.cancel_running(job.id, job.token))
         elif not lease.lost:
@@ -138,12 +138,12 @@ class ClaimLoop:
 
     def refuse(self, job: Job, error: Exception) -> None:
         """The attempt failed by the request's own fault."""
-        self.spool.drop(job.id)
+        self.spool.discard(self.spool.attempt(job))
         self.fail(job, FailureClass.USER, f"the request's image or size can't be used: {error}")
 
     def ail(self, job: Job, error: Exception) -> None:
         """The attempt failed by this node's fault, such as a full disk: the next job would fare no better."""
-        self.spool.drop(job.id)
+        self.spool.discard(self.spool.attempt(job))
         seconds = self.publisher.rest.failed()
         log.error("job %s: %s; nothing is claimed for %.0f s", job.id, error, seconds)
         self.fail(job, FailureClass.INFRASTRUCTURE, str(error))

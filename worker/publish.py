@@ -69,7 +69,7 @@ class Publisher:
             self._publish(finished)
         except Exception:
             log.exception("job %s: publishing failed", finished.job.id)
-            self._give_up(finished.job, "publishing failed; the node's log has the reason")
+            self._give_up(finished, "publishing failed; the node's log has the reason")
         finally:
             self.job = None
             self._free.release()
@@ -80,7 +80,7 @@ class Publisher:
             try:
                 facts = self._facts(finished)
                 if facts is None:
-                    self._give_up(job, "the rank that wrote the video died")
+                    self._give_up(finished, "the rank that wrote the video died")
                     return
                 result = self._upload(job, finished.folder, facts, lease)
                 self._commit(job, result, lease)
@@ -181,9 +181,10 @@ class Publisher:
             return False
         return result is not None and result.video_key == artifact_key(job.id, job.token, VIDEO)
 
-    def _give_up(self, job: Job, detail: str) -> None:
-        """What is in the spool is of no use: the next attempt makes the video anew."""
-        self._spool.drop(job.id)  # first: whoever claims it next may be this node, with a new folder
+    def _give_up(self, finished: Finished, detail: str) -> None:
+        """What is in the folder is of no use: the next attempt makes the video anew."""
+        job = finished.job
+        self._spool.discard(finished.folder)  # first: who claims the job next may be this node
         self.rest.failed()
         error = JobError(
             type="infrastructure",

@@ -87,7 +87,7 @@ def test_one_call_removes_several_batches(bench: Bench) -> None:
 def test_a_slow_storage_is_left_in_time_with_both_kinds_begun(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweeper, "REMOVE_SECONDS", 0.6)
+    monkeypatch.setattr(sweeper, "REMOVE_SECONDS", 1.0)
     bench.fill(BATCH, BATCH)
     storage = Storage(seconds=0.05)
     began = time.monotonic()
