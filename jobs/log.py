@@ -24,7 +24,7 @@ PRIVATE = frozenset(
 
 IDS = {
     "job_id": re.compile(r"\bjob_[0-9a-z]{25}\b"),
-    "delivery_id": re.compile(r"\bmsg_[0-9a-z]{25}(?:_\d+)?\b"),
+    "delivery_id": re.compile(r"\bmsg_[0-9a-z]{25}(?:_(?:\d+|[0-9a-z]{25}))?\b"),
 }
 
 

@@ -110,9 +110,11 @@ class Outbox:
 
     def ping(self, endpoint: Endpoint) -> Delivery:
         """Queue a `webhook.test` event to an endpoint."""
+        # The id names the chain, as a job's deliveries do: their records may expire before they are sent.
+        delivery_id = new_id(f"msg_{endpoint.id.removeprefix('we_')}")
         data = json.dumps({"id": endpoint.id, "message": "This is a test. Nothing has happened to any job."})
         flat = self._scripts.run(
-            "outbox_ping", new_id("msg"), endpoint.key_id, endpoint.id, endpoint.url, data, durable=True
+            "outbox_ping", delivery_id, endpoint.key_id, endpoint.id, endpoint.url, data, durable=True
         )
         return _parse(pairs(flat))
 

@@ -3,8 +3,10 @@
 import json
 from dataclasses import dataclass, field
 
-from jobs.client import guard
+from jobs.client import RedisClient, guard
 from jobs.scripts import PREFIX, Scripts
+
+TRIMMED = 1000  # entries that leave the webhooks' dead letter in one sweep, at most
 
 
 @dataclass
@@ -45,6 +47,7 @@ class Sweeper:
         for job_id in self._due("retention", limit):
             if self._scripts.run("purge", job_id)[0] == "ok":
                 report.purged.append(job_id)
+        self._scripts.run("outbox_trim", TRIMMED)
         return report
 
     def _lose(self, job_id: str, model: str, report: SweepReport) -> None:
@@ -63,3 +66,10 @@ class Sweeper:
                     "ZRANGEBYSCORE", f"{PREFIX}{index}", "-inf", now, "LIMIT", 0, limit
                 )
             )
+
+
+def garbage_later(redis: RedisClient, job_id: str) -> None:
+    """A removed job whose files can't be removed now: the others of `JobStore.garbage` go first."""
+    with guard():
+        now = int(redis.execute_command("TIME")[0])
+        redis.execute_command("ZADD", f"{PREFIX}garbage", "XX", now, job_id)

@@ -6,6 +6,7 @@ from jobs.scripts import PREFIX, Scripts
 from jobs.settings import Settings
 
 UPLOADS = f"{PREFIX}uploads"
+LATER_SECONDS = 600  # until an image that could not be removed is tried again
 
 
 def upload_key(key_id: str, suffix: str) -> str:
@@ -41,6 +42,12 @@ class UploadIndex:
     def due(self, limit: int = 100) -> list[str]:
         """Keys of images to delete from storage now; then call `done` for each."""
         return list(self._scripts.run("uploads_due", limit))
+
+    def later(self, key: str) -> None:
+        """An image that storage doesn't give up now is due again after LATER_SECONDS."""
+        with guard():
+            now = int(self._redis.execute_command("TIME")[0])
+            self._redis.execute_command("ZADD", UPLOADS, "XX", now + LATER_SECONDS, key)
 
     def done(self, key: str) -> None:
         """Forget an image that storage no longer has."""

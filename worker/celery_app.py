@@ -11,6 +11,7 @@ import random
 import ssl
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Semaphore
@@ -38,6 +39,9 @@ VISIBILITY_SECONDS = 120  # an unacknowledged message comes back after this; abo
 DISPATCH_SECONDS = 1.0  # how often due deliveries are looked for
 DELIVER_SECONDS = 30.0  # how long one message's sender goes on before it makes room for another task
 CLEAN_SECONDS = 60.0
+EXPIRE_SECONDS = (
+    600.0  # of messages, by the sender's clock, read by another machine's: clocks may be minutes off
+)
 THREADS = 16
 SENDERS = 13  # of them deliver at once, so that hanging receivers (15 s each) can't keep the sweep waiting
 LOOK = 64  # due deliveries that a sender chooses from; senders that all took the first would collide
@@ -91,7 +95,7 @@ def make_app(settings: Settings) -> Celery:
     app.conf.update(configuration(settings))
     services = Services(settings)
 
-    senders = Semaphore(SENDERS)
+    senders, sweeping, cleaning = Semaphore(SENDERS), Semaphore(1), Semaphore(1)
 
     @app.task(name="reel.dispatch", shared=False)
     def dispatch() -> int:
@@ -100,30 +104,35 @@ def make_app(settings: Settings) -> Celery:
             return 0
         wanted = len(services.outbox.due(SENDERS))
         for _ in range(wanted):
-            deliver.apply_async(expires=DELIVER_SECONDS)
+            deliver.apply_async(expires=EXPIRE_SECONDS)
         return wanted
 
     @app.task(name="reel.deliver", shared=False)
     def deliver() -> int:
         """Send due deliveries one after the other, also what their end makes due; how many attempts."""
-        if not senders.acquire(blocking=False):
-            return 0  # enough of us are at it
-        try:
-            return send_due(services.outbox, services.sender)
-        finally:
-            senders.release()
+        return bounded(senders, lambda: send_due(services.outbox, services.sender))
 
     @app.task(name="reel.sweep", shared=False)
     def sweep_jobs() -> int:
         """See worker.sweeper.sweep."""
-        return sweep(services.store)
+        return bounded(sweeping, lambda: sweep(services.store))
 
     @app.task(name="reel.clean", shared=False)
     def clean() -> int:
         """See worker.sweeper.remove_files."""
-        return remove_files(services.store, services.storage, services.uploads)
+        return bounded(cleaning, lambda: remove_files(services.store, services.storage, services.uploads))
 
     return app
+
+
+def bounded(threads: Semaphore, work: Callable[[], int]) -> int:
+    """Do the work, unless enough of this worker's threads are at it: else one kind takes them all. Then 0."""
+    if not threads.acquire(blocking=False):
+        return 0
+    try:
+        return work()
+    finally:
+        threads.release()
 
 
 def send_due(outbox: Outbox, sender: WebhookSender) -> int:
@@ -183,14 +192,14 @@ def configuration(settings: Settings) -> dict[str, Any]:
 
 
 def schedule(settings: Settings) -> dict[str, dict[str, Any]]:
-    """Beat's schedule. A message older than its period is of no use: the next one is there."""
+    """Beat's schedule. An old message is of no use, as the next one is there, but does no harm either."""
     periods = {
         "reel.dispatch": DISPATCH_SECONDS,
         "reel.sweep": settings.sweep_seconds,
         "reel.clean": min(CLEAN_SECONDS, max(settings.retention_seconds / 10, 1.0)),
     }
     return {
-        name: {"task": name, "schedule": seconds, "options": {"expires": max(2 * seconds, 5.0)}}
+        name: {"task": name, "schedule": seconds, "options": {"expires": EXPIRE_SECONDS}}
         for name, seconds in periods.items()
     }
 

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import ray
 
+from engine.config import GenerationRequest
 from jobs.errors import StorageUnavailable, StoreUnavailable
-from jobs.job import FailureClass, Job, JobError
+from jobs.job import FailureClass, Job, JobError, Phase
 from jobs.storage import ObjectStore
 from jobs.store import JobStore
 from worker.drain import Drain
 from worker.group import GroupBroken, RankGroup
-from worker.lease import tell
+from worker.lease import Lease, tell
+from worker.patience import Stopped, delays, go_on, pause
 from worker.publish import Finished, Publisher
 from worker.reports import RankReport
 from worker.requests import engine_request
@@ -60,7 +62,11 @@ class ClaimLoop:
         self.publisher.wait()
 
     def claim(self) -> Job | None:
-        """The next job, or None after a short sleep that a submission interrupts."""
+        """The next job, or None after a short sleep that a submission interrupts (unless the node rests)."""
+        if rest := self.publisher.rest.left:
+            self._last_end = None
+            time.sleep(min(rest, self.store.settings.poll_seconds))
+            return None
         try:
             job = self.store.claim(self.model, self.node_id)
             if job is None:
@@ -82,16 +88,65 @@ class ClaimLoop:
             return
         try:
             folder = self.spool.folder(job)
-            request = engine_request(job, folder, self.storage)
+            request = self.prepare(job, folder)
+            if request is None:
+                return
             report = self.group.generate(job, request, folder)
         except GroupBroken as broken:
             self.lost_ranks(job, broken)
-        except (FileNotFoundError, ValueError) as error:
-            self.fail(job, FailureClass.USER, f"the request's image or size can't be used: {error}")
-        except (StorageUnavailable, OSError) as error:
-            self.fail(job, FailureClass.INFRASTRUCTURE, str(error))
+        except ValueError as error:
+            self.refuse(job, error)
+        except OSError as error:
+            self.ail(job, error)
         else:
             self.settle(job, report, folder)
+
+    def prepare(self, job: Job, folder: Path) -> GenerationRequest | None:
+        """The engine's request. None: it isn't to be made here, and the store knows.
+
+        While S3 is away or slow the job's lease is kept: its attempts are for what it does to ranks. Raises
+        ValueError for a request that no engine takes, OSError when the image can't be written.
+        """
+        if job.request.image is None:
+            return engine_request(job, folder, self.storage)
+        with Lease(self.store, job, Phase.ENCODING, 0.0) as lease:
+            try:
+                for delay in delays():
+                    go_on(lease, self.drain)
+                    try:
+                        request = engine_request(job, folder, self.storage)
+                        go_on(lease, self.drain)
+                        return request
+                    except StorageUnavailable as error:
+                        log.warning("job %s: no image yet, again in %.1f s: %s", job.id, delay, error)
+                    except FileNotFoundError as error:
+                        self.refuse(job, error)
+                        return None
+                    pause(delay, lease, self.drain)
+            except Stopped:
+                self.withdraw(job, lease)
+        return None
+
+    def withdraw(self, job: Job, lease: Lease) -> None:
+        """Let go of a job that the ranks haven't seen: canceled, given back (draining), or another's."""
+        self.spool.discard(self.spool.attempt(job))
+        if lease.canceled:
+            tell(lambda: self.store.cancel_running(job.id, job.token))
+        elif not lease.lost:
+            tell(lambda: self.store.give_back(job.id, job.token))
+        log.info("job %s: stopped before the ranks had it", job.id)
+
+    def refuse(self, job: Job, error: Exception) -> None:
+        """The attempt failed by the request's own fault."""
+        self.spool.discard(self.spool.attempt(job))
+        self.fail(job, FailureClass.USER, f"the request's image or size can't be used: {error}")
+
+    def ail(self, job: Job, error: Exception) -> None:
+        """The attempt failed by this node's fault, such as a full disk: the next job would fare no better."""
+        self.spool.discard(self.spool.attempt(job))
+        seconds = self.publisher.rest.failed()
+        log.error("job %s: %s; nothing is claimed for %.0f s", job.id, error, seconds)
+        self.fail(job, FailureClass.INFRASTRUCTURE, str(error))
 
     def settle(self, job: Job, report: RankReport, folder: Path) -> None:
         """What follows from a report that all ranks agree on."""

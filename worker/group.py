@@ -74,12 +74,14 @@ class RankGroup:
     def generate(self, job: Job, request: GenerationRequest, folder: Path) -> RankReport:
         """Run one attempt on all ranks; rank 0's report, or the failure that all ranks agree on.
 
-        Raises GroupBroken when a rank died, failed alone, or made no step for `step_timeout_seconds`.
+        Raises GroupBroken when a rank died, failed alone, made no step for `step_timeout_seconds`, or is
+        still at it so long after rank 0 was done.
         """
         pending = [rank.generate.remote(job, request, folder) for rank in self._ranks]
         reports: list[RankReport] = []
         watch = _Watch(self.leader, self.plan.settings.step_timeout_seconds)
         failed_at: float | None = None
+        led_at: float | None = None  # when rank 0, which is watched, was done
         while pending:
             done, pending = ray.wait(pending, timeout=WATCH_SECONDS)
             for ref in done:
@@ -92,6 +94,10 @@ class RankGroup:
                 failed_at = failed_at or time.monotonic()
                 if time.monotonic() - failed_at > STRAGGLER_SECONDS:
                     raise broken_by(failed)
+            if led_at is None and any(report.rank == 0 for report in reports):
+                led_at = time.monotonic()
+            if pending and led_at is not None and time.monotonic() - led_at > watch.limit:
+                raise GroupBroken(FailureClass.INFRASTRUCTURE, _stragglers(reports, len(self._ranks)))
             watch.look()
         return agree(reports)
 
@@ -131,7 +137,7 @@ class _Watch:
     """Notices a hang: rank 0 stands for all, since a collective that hangs anywhere hangs there too."""
 
     def __init__(self, leader: Any, limit: float) -> None:
-        self._leader, self._limit = leader, limit
+        self._leader, self.limit = leader, limit
         self._answered_at = time.monotonic()
         self._question: Any = None
 
@@ -147,10 +153,10 @@ class _Watch:
             except RayError as error:
                 raise GroupBroken(FailureClass.INFRASTRUCTURE, f"rank 0 died: {_words(error)}") from None
             self._question, self._answered_at = None, time.monotonic()
-        if silence > self._limit:
+        if silence > self.limit:
             raise GroupBroken(
                 FailureClass.INFRASTRUCTURE,
-                f"no step for {silence:.0f} s (limit {self._limit:.0f} s): a rank hangs",
+                f"no step for {silence:.0f} s (limit {self.limit:.0f} s): a rank hangs",
             )
 
 
@@ -187,6 +193,11 @@ def broken_by(reports: list[RankReport]) -> GroupBroken:
     # A request that only some ranks refuse is our bug, not the user's.
     failure = FailureClass.INFRASTRUCTURE if cause.failure is FailureClass.USER else cause.failure
     return GroupBroken(failure, cause.detail or "the ranks ended differently")
+
+
+def _stragglers(reports: list[RankReport], ranks: int) -> str:
+    missing = sorted(set(range(ranks)) - {report.rank for report in reports})
+    return f"rank 0 is done, but not rank {', '.join(map(str, missing))}: it hangs"
 
 
 def _words(error: BaseException) -> str:

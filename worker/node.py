@@ -12,8 +12,8 @@ from ray.util.placement_group import PlacementGroup
 
 from engine.config import ModelSpec
 from jobs.client import connect
-from jobs.errors import StoreUnavailable
-from jobs.job import JobState, ModelCard
+from jobs.errors import JobNotFound, StoreUnavailable
+from jobs.job import Job, JobState, ModelCard
 from jobs.nodes import NodeInfo, NodeRegistry, NodeState
 from jobs.storage import ObjectStore
 from jobs.store import JobStore
@@ -101,9 +101,18 @@ class NodeActor:
             self._status = NodeStatus("broken", f"{type(error).__name__}: {error}")
 
     def _recover(self) -> None:
-        """Publish what an earlier cluster of this node finished but did not commit, if it is still ours."""
+        """Publish what an earlier cluster of this node finished but did not commit, if it is still ours.
+
+        What Redis can't be asked about stays: a claim of its job finds it, or the next start.
+        """
+        away = False
         for job_id, token, folder in self.spool.tidy():
-            job = tell(lambda job_id=job_id: self.store.get(job_id))  # type: ignore[misc]
+            found = None if away else tell(lambda job_id=job_id: look_up(self.store, job_id))  # type: ignore[misc]
+            if found is None:
+                away = True
+                log.warning("job %s: Redis can't say whose its video is; it is kept", job_id)
+                continue
+            job = found[0] if found else None
             if job is None or (job.terminal and job.state is not JobState.FAILED):
                 self.spool.drop(job_id)
             elif job.owner == self.plan.node_id and job.token == token:
@@ -174,6 +183,14 @@ class NodeActor:
             self.group.stop("drain")
         else:
             self.group.kill()
+
+
+def look_up(store: JobStore, job_id: str) -> list[Job]:
+    """The job, or nothing when there is none; for `tell`, whose None may also mean that Redis is away."""
+    try:
+        return [store.get(job_id)]
+    except JobNotFound:
+        return []
 
 
 def model_card(spec: ModelSpec, name: str | None) -> ModelCard:

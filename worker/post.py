@@ -89,17 +89,21 @@ async def _post_to(
 
 
 def retry_after(value: str | None, now: datetime | None = None) -> float | None:
-    """Seconds that a Retry-After header asks for (RFC 9110, 10.2.3: seconds or a date); None without one."""
+    """Seconds that a Retry-After header asks for (RFC 9110, 10.2.3: seconds or a date); None without one.
+
+    A stranger wrote it: whatever it is, nothing is raised.
+    """
     if value is None:
         return None
-    if value.strip().isdigit():
-        return float(value)
+    digits = value.strip()
+    if digits.isascii() and digits.isdecimal():
+        return float(digits)
     try:
         when = parsedate_to_datetime(value)
-    except ValueError:
+        when = when if when.tzinfo else when.replace(tzinfo=UTC)
+        return max((when - (now or datetime.now(UTC))).total_seconds(), 0.0)
+    except (ValueError, OverflowError):  # no date, or one of no year that we know
         return None
-    when = when if when.tzinfo else when.replace(tzinfo=UTC)
-    return max((when - (now or datetime.now(UTC))).total_seconds(), 0.0)
 
 
 @cache

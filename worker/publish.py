@@ -2,7 +2,6 @@
 
 import json
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from jobs.timings import Timings
 from worker.drain import Drain
 from worker.estimate import PUBLISHING_PROGRESS
 from worker.lease import Lease, tell
+from worker.patience import Rest, Stopped, delays, go_on, pause
 from worker.presets import made
 from worker.spent import spent
 from worker.spool import Spool
@@ -24,13 +24,8 @@ from worker.video import POSTER, VIDEO, VideoFacts, read_facts
 
 MANIFEST = "manifest.json"
 CONTENT_TYPES = {VIDEO: "video/mp4", POSTER: "image/jpeg", MANIFEST: "application/json"}
-FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0  # seconds between tries of an upload
 STORAGE_ERRORS = (StorageUnavailable, OSError)  # OSError: no such bucket, for one
 log = logging.getLogger(__name__)
-
-
-class Stopped(Exception):
-    """The work is to be dropped: the lease's flags or the drain say why."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +47,7 @@ class Publisher:
         self._store, self._storage, self._spool, self._drain = store, storage, spool, drain
         self._free = threading.Semaphore(1)
         self._timings = Timings(store.redis)
+        self.rest = Rest()  # the claim loop keeps it
         self.job: Job | None = None  # being published
         self.step_seconds: float | None = None  # one denoising step of the last published video
 
@@ -73,7 +69,7 @@ class Publisher:
             self._publish(finished)
         except Exception:
             log.exception("job %s: publishing failed", finished.job.id)
-            self._fail(finished.job, "publishing failed; the node's log has the reason")
+            self._give_up(finished, "publishing failed; the node's log has the reason")
         finally:
             self.job = None
             self._free.release()
@@ -84,7 +80,7 @@ class Publisher:
             try:
                 facts = self._facts(finished)
                 if facts is None:
-                    self._fail(job, "the rank that wrote the video died")
+                    self._give_up(finished, "the rank that wrote the video died")
                     return
                 result = self._upload(job, finished.folder, facts, lease)
                 self._commit(job, result, lease)
@@ -92,6 +88,7 @@ class Publisher:
                 self._withdraw(job, lease)
                 return
         self._spool.drop(job.id)
+        self.rest.worked()
         log.info("job %s: published %d bytes", job.id, facts.bytes)
 
     def _facts(self, finished: Finished) -> VideoFacts | None:
@@ -128,9 +125,10 @@ class Publisher:
         )
 
     def _put(self, job: Job, key: str, path: Path, content_type: str, lease: Lease) -> None:
-        delay = FIRST_DELAY
-        while path.exists():
-            self._go_on(lease)
+        for delay in delays():
+            if not path.exists():
+                raise FileNotFoundError(f"{path} is gone from the spool")
+            go_on(lease, self._drain)
             try:
                 self._storage.put_file(key, path, content_type)
                 return
@@ -138,21 +136,19 @@ class Publisher:
                 log.warning(
                     "job %s: upload of %s failed, again in %.1f s: %s", job.id, path.name, delay, error
                 )
-            self._pause(delay * random.uniform(0.7, 1.0), lease)
-            delay = min(delay * 2, LONGEST_DELAY)
-        raise FileNotFoundError(f"{path} is gone from the spool")
+            pause(delay, lease, self._drain)
 
     def _commit(self, job: Job, result: VideoResult, lease: Lease) -> None:
         """The one write that makes the result the job's. Raises LeaseLost or Stopped."""
         while True:
-            self._go_on(lease)
+            go_on(lease, self._drain)
             try:
                 self._store.finish(job.id, job.token, result)
                 self._learn(job, result)
                 return
             except StoreUnavailable as error:
                 log.warning("job %s: cannot commit yet: %s", job.id, error)
-            self._pause(1.0, lease)
+            pause(1.0, lease, self._drain)
 
     def _learn(self, job: Job, result: VideoResult) -> None:
         """Let estimates know what this video took."""
@@ -185,7 +181,11 @@ class Publisher:
             return False
         return result is not None and result.video_key == artifact_key(job.id, job.token, VIDEO)
 
-    def _fail(self, job: Job, detail: str) -> None:
+    def _give_up(self, finished: Finished, detail: str) -> None:
+        """What is in the folder is of no use: the next attempt makes the video anew."""
+        job = finished.job
+        self._spool.discard(finished.folder)  # first: who claims the job next may be this node
+        self.rest.failed()
         error = JobError(
             type="infrastructure",
             title="The video was made but could not be published",
@@ -193,14 +193,3 @@ class Publisher:
             failure_class=FailureClass.INFRASTRUCTURE,
         )
         tell(lambda: self._store.fail(job.id, job.token, error))
-
-    def _go_on(self, lease: Lease) -> None:
-        if lease.over or self._drain.overdue >= 0:
-            raise Stopped
-
-    def _pause(self, seconds: float, lease: Lease) -> None:
-        """Wait, but notice a reason to stop."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            self._go_on(lease)
-            time.sleep(0.1)

@@ -4,6 +4,7 @@
 the video is not made again, whatever happened to the attempt's lease, the cluster or S3 meanwhile.
 """
 
+import contextlib
 import shutil
 import time
 from collections.abc import Iterator
@@ -22,9 +23,13 @@ class Spool:
         self.root = root
         root.mkdir(parents=True, exist_ok=True)
 
+    def attempt(self, job: Job) -> Path:
+        """Where this attempt's folder is, or would be."""
+        return self.root / job.id / str(job.token)
+
     def folder(self, job: Job) -> Path:
         """An empty folder for this attempt."""
-        folder = self.root / job.id / str(job.token)
+        folder = self.attempt(job)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         return folder
@@ -39,6 +44,12 @@ class Spool:
     def drop(self, job_id: str) -> None:
         """Remove everything of a job."""
         shutil.rmtree(self.root / job_id, ignore_errors=True)
+
+    def discard(self, folder: Path) -> None:
+        """Remove one attempt's folder alone: another attempt of the same job may be at work beside it."""
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()  # only when it is empty
 
     def tidy(self) -> Iterator[tuple[str, int, Path]]:
         """Remove half-written and old folders; yield (job id, token, folder) of the finished ones.

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from standardwebhooks import Webhook
 
 from jobs.endpoints import EndpointStore
+from jobs.errors import StoreUnavailable
 from jobs.keys import KeyStore
 from jobs.outbox import Delivery, Outbox
 from jobs.settings import Settings
@@ -46,27 +47,36 @@ class WebhookSender:
         delivery = self._outbox.take(delivery_id, 2 * self._timeout + LEASE_MARGIN)
         if delivery is None:
             return False
+        try:
+            answer = self._attempt(delivery)
+        except StoreUnavailable:
+            raise  # nobody can be told: its lease ends by itself
+        except Exception as error:  # it must count as a try, or the delivery comes again for ever
+            log.exception("delivery %s: the attempt failed on our side", delivery.id)
+            answer = Answer(error=f"{type(error).__name__}: {error}")
+        if answer is not None:
+            self._settle(delivery, answer)
+        return True
+
+    def _attempt(self, delivery: Delivery) -> Answer | None:
+        """Sign and post. None: nobody is left who could sign, and the delivery was ended."""
         body = body_of(delivery)
         try:
             secrets = self._secrets(delivery)
         except ValueError as error:  # stored under another secret key: the operator may still put it right
-            self._retry(delivery, Answer(error=str(error)))
-            return True
+            return Answer(error=str(error))
         if not secrets:
             missing = "its endpoint was deleted" if delivery.endpoint else "its API key has no webhook secret"
             self._outbox.dead(delivery.id, attempt=delivery.attempt, error=missing)
-            return True
-        headers = headers_of(delivery, body, secrets, datetime.now(UTC))
-        answer = post(
+            return None
+        return post(
             delivery.url,
             body.encode(),
-            headers,
+            headers_of(delivery, body, secrets, datetime.now(UTC)),
             allow_loopback=self._allow_loopback,
             allowed_hosts=self._allowed_hosts,
             timeout=self._timeout,
         )
-        self._settle(delivery, answer)
-        return True
 
     def _settle(self, delivery: Delivery, answer: Answer) -> None:
         status = answer.status

@@ -29,7 +29,11 @@ end
 -- and a receiver that is down holds up nobody else's.
 local function outbox_head(chain, due)
   local head = redis.call('LINDEX', P .. 'pending:' .. chain, 0)
-  if head and redis.call('EXISTS', P .. 'delivery:' .. head) == 1 then
+  while head and redis.call('EXISTS', P .. 'delivery:' .. head) == 0 do -- it expired
+    redis.call('LPOP', P .. 'pending:' .. chain)
+    head = redis.call('LINDEX', P .. 'pending:' .. chain, 0)
+  end
+  if head then
     redis.call('ZADD', P .. 'outbox', seconds(due), head)
     redis.call('HSET', P .. 'delivery:' .. head, 'next_at', seconds(due))
   end
@@ -38,6 +42,10 @@ end
 -- Write one delivery down. to: url, endpoint (or ''), chain, log (its list of deliveries).
 local function post(id, job_id, key_id, to, event, data)
   local pending = P .. 'pending:' .. to.chain
+  local head = redis.call('LINDEX', pending, 0)
+  if head and redis.call('EXISTS', P .. 'delivery:' .. head) == 0 then
+    outbox_head(to.chain, now) -- it expired, and no sender has seen it: else nothing behind it were ever sent
+  end
   local gone = redis.call('EXISTS', P .. 'gone:' .. redis.sha1hex(to.url)) == 1
   redis.call('HSET', P .. 'delivery:' .. id, 'id', id, 'job_id', job_id, 'key_id', key_id,
     'event', event, 'url', to.url, 'endpoint', to.endpoint, 'chain', to.chain, 'data', data, 'created_at', seconds(now),

@@ -8,7 +8,12 @@ if not due or tonumber(due) > now then
 end
 local key = P .. 'delivery:' .. id
 if redis.call('HGET', key, 'state') ~= 'pending' then
-  redis.call('ZREM', outbox, id) -- it expired with its job
+  redis.call('ZREM', outbox, id) -- it expired with its job, or it was a test event: `msg_<endpoint>_<random>`
+  local endpoint = string.match(id, '^msg_(%w+)_%w+$')
+  if endpoint then
+    redis.call('LREM', P .. 'pending:we_' .. endpoint, 1, id)
+    outbox_head('we_' .. endpoint, now)
+  end
   return {'none'}
 end
 local until_ = seconds(now + tonumber(ARGV[3]))

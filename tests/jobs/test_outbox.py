@@ -3,6 +3,7 @@
 import threading
 import time
 
+from jobs.endpoints import Endpoint
 from jobs.job import JobState, WebhookEvent
 from jobs.outbox import Delivery, Outbox
 from jobs.store import JobStore
@@ -225,3 +226,42 @@ def test_every_end_is_told(store: JobStore, outbox: Outbox) -> None:
     for state, job_id in ids.items():
         assert store.get(job_id).state == JobState(state)
         assert outbox.for_job(job_id)[-1].event == f"job.{state}"
+
+
+def test_a_test_event_that_expired_holds_up_no_later_one(store: JobStore, outbox: Outbox) -> None:
+    """Endpoints' chains have no end: what waits behind an expired head would never be sent."""
+    endpoint = Endpoint(id="we_" + "0" * 25, key_id="key_a", url=URL, events=(), created_at=1.0)
+    first = outbox.ping(endpoint)
+    taken = take(outbox)
+    outbox.retry(first.id, 600, attempt=taken.attempt, status=500)
+    second = outbox.ping(endpoint)
+    assert outbox.due() == []
+    store.redis.execute_command("DEL", f"reel:delivery:{first.id}")
+    store.redis.execute_command("ZADD", "reel:outbox", 1, first.id)
+    assert outbox.take(first.id, 30) is None
+    assert take(outbox).id == second.id
+    # by another way: the head went and no sender has looked since
+    third = outbox.ping(endpoint)
+    store.redis.execute_command("DEL", f"reel:delivery:{second.id}")
+    store.redis.execute_command("ZREM", "reel:outbox", second.id)
+    outbox.ping(endpoint)
+    assert outbox.due() == [third.id]
+
+
+def test_the_dead_letter_forgets_in_time(make_store: MakeStore) -> None:
+    """Test events, and deliveries that end after their job was deleted, have no purge that takes them out."""
+    store = make_store(retention_seconds=60)
+    outbox = Outbox(store.redis, store.settings)
+    ids = []
+    for _ in range(2):
+        job_id = submit(store, (WebhookEvent.CANCELED,))
+        store.cancel(job_id)
+        store.delete(job_id)
+        delivery = take(outbox)
+        outbox.dead(delivery.id, attempt=delivery.attempt, error="gave up")
+        ids.append(delivery.id)
+    store.sweep()
+    assert {one.id for one in outbox.dead_letter()} == set(ids)
+    store.redis.execute_command("ZINCRBY", "reel:outbox:dead", -61, ids[0])
+    store.sweep()
+    assert store.redis.execute_command("ZRANGE", "reel:outbox:dead", 0, -1) == [ids[1]]

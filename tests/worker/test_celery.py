@@ -9,7 +9,9 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
+from threading import Event, Semaphore
 
 import pytest
 
@@ -23,7 +25,8 @@ from tests.support.jobs import result, video_request
 from tests.support.node import environment, until
 from tests.worker.conftest import SECRET_KEY
 from tests.worker.receiver import RawReceiver, Reply
-from worker.celery_app import PREFIX, SENDERS, THREADS, VISIBILITY_SECONDS, broker_url, make_app
+from worker import celery_app
+from worker.celery_app import PREFIX, SENDERS, THREADS, VISIBILITY_SECONDS, broker_url, make_app, schedule
 
 CODE = "from worker.serve import run_celery; from jobs.settings import get_settings; "
 
@@ -151,6 +154,48 @@ def test_the_sweep_gives_a_dead_nodes_job_another_try(settings: Settings, store:
     until(lambda: app.tasks["reel.sweep"]() == 1, 5, "the sweep")
     again = store.get(job.id)
     assert (again.state, again.attempts) == (JobState.QUEUED, 1)
+    app.close()
+
+
+def test_one_clean_and_one_sweep_at_a_time(
+    settings: Settings, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow storage had all threads clean the same hundred prefixes, and none was left to sweep."""
+    started, go_on = Semaphore(0), Event()
+
+    def slow(*_: object) -> int:
+        started.release()
+        go_on.wait(10)
+        return 1
+
+    for task, call in (("reel.clean", "remove_files"), ("reel.sweep", "sweep")):
+        monkeypatch.setattr(celery_app, call, slow)
+        app = make_app(settings)
+        go_on.clear()
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(app.tasks[task])
+            assert started.acquire(timeout=5)
+            assert app.tasks[task]() == 0
+            go_on.set()
+            assert first.result(5) == 1
+        assert app.tasks[task]() == 1, "the next one may"
+        app.close()
+
+
+def test_a_clock_that_is_minutes_off_stops_nothing(settings: Settings) -> None:
+    """Beat's clock writes when a message expires, and the worker's reads it."""
+    redis, app = connect(settings), make_app(settings)
+    assert {entry["task"] for entry in schedule(settings).values()} == {
+        "reel.dispatch",
+        "reel.sweep",
+        "reel.clean",
+    }
+    for entry in schedule(settings).values():
+        app.tasks[entry["task"]].apply_async(**entry["options"])
+    for text in redis.execute_command("LRANGE", f"{PREFIX}reel", 0, -1):
+        ends = datetime.fromisoformat(json.loads(text)["headers"]["expires"])
+        assert (ends - datetime.now(UTC)).total_seconds() > 300
+    assert redis.llen(f"{PREFIX}reel") == 3
     app.close()
 
 

@@ -1,11 +1,17 @@
 """What the node makes of its ranks' reports, and how it notices a hang; no Ray cluster needed."""
 
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from engine.errors import OutOfMemory, RequestError
 from jobs.job import FailureClass
-from worker.group import GroupBroken, agree, explained
+from worker import group as group_module
+from worker.group import GroupBroken, RankGroup, agree, explained
 from worker.rank import failure_class
 from worker.reports import RankReport
 
@@ -77,3 +83,64 @@ def test_a_rank_that_dies_of_waiting_for_a_failed_one_is_not_the_reason() -> Non
 )
 def test_whose_fault_it_is(error: Exception, expected: FailureClass) -> None:
     assert failure_class(error) is expected
+
+
+class Ref:
+    """What a rank's call will give, `seconds` after it was made."""
+
+    def __init__(self, value: Any, seconds: float = 0.0) -> None:
+        self.value, self.at = value, time.monotonic() + seconds
+
+
+class FakeRay:
+    """As much of Ray as `RankGroup.generate` needs."""
+
+    exceptions = group_module.ray.exceptions
+
+    def wait(self, refs: list[Ref], timeout: float) -> tuple[list[Ref], list[Ref]]:
+        done = [ref for ref in refs if ref.at <= time.monotonic()]
+        if not done:
+            time.sleep(timeout)
+        return done, [ref for ref in refs if ref not in done]
+
+    def get(self, ref: Ref) -> Any:
+        return ref.value
+
+
+def fake_rank(index: int, seconds: float) -> SimpleNamespace:
+    """A rank that has made its part after `seconds`."""
+    made = RankReport(index, "done")
+    return SimpleNamespace(
+        generate=SimpleNamespace(remote=lambda *_: Ref(made, seconds)),
+        silence=SimpleNamespace(remote=lambda: Ref(0.0)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "whole"),
+    [((0.0, 3600.0, 0.0), False), ((0.0, 0.2, 0.2), True), ((1.3, 0.0, 0.0), True)],
+    ids=["a rank hangs", "ranks end later", "rank 0 decodes alone"],
+)
+def test_a_rank_that_hangs_when_rank_0_is_done_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, ...], whole: bool
+) -> None:
+    monkeypatch.setattr(group_module, "ray", FakeRay())
+    monkeypatch.setattr(group_module, "WATCH_SECONDS", 0.05)
+    plan: Any = SimpleNamespace(settings=SimpleNamespace(step_timeout_seconds=1.0))
+    ranks: Any = None
+    group = RankGroup(plan, ranks)
+    group._ranks = [fake_rank(index, after) for index, after in enumerate(seconds)]
+    group.leader = group._ranks[0]
+    ended: list[object] = []
+
+    def generate() -> None:
+        job: Any = None
+        try:
+            ended.append(group.generate(job, job, job).outcome)
+        except GroupBroken as broken:
+            ended.append(str(broken))
+
+    thread = threading.Thread(target=generate, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert ended == ["done"] if whole else "rank 1" in str(ended), ended

@@ -209,10 +209,12 @@ def test_a_writer_that_died_fails_the_attempt(bench: Bench) -> None:
     def died() -> None:
         raise ConnectionError("the rank is gone")
 
+    newer = bench.spool.folder(job.model_copy(update={"token": job.token + 1}))
     bench.publisher.take(Finished(job, folder, died))
     bench.publisher.wait()
     now = bench.store.get(job.id)
     assert (now.state, now.attempts) == (JobState.QUEUED, 1)
+    assert (folder.exists(), newer.exists()) == (False, True), "its own folder goes, a later attempt's stays"
 
 
 def test_the_spool_keeps_whole_videos_and_drops_half_ones(bench: Bench) -> None:

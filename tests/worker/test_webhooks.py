@@ -29,7 +29,7 @@ class Bench:
     """A store, an outbox, a key and a sender."""
 
     def __init__(self, settings: Settings, store: JobStore) -> None:
-        self.redis = connect(settings)
+        self.settings, self.redis = settings, connect(settings)
         self.store = store
         self.outbox = Outbox(self.redis, settings)
         self.keys = KeyStore(self.redis, SECRET_KEY)
@@ -245,5 +245,46 @@ def test_retry_after_is_read_in_both_its_forms() -> None:
     assert retry_after("120", now) == 120
     assert retry_after("Thu, 01 Jan 2026 00:02:00 GMT", now) == 120
     assert retry_after("Thu, 01 Jan 2015 00:02:00 GMT", now) == 0
-    for nonsense in (None, "soon", "-5", ""):
+    for nonsense in (None, "soon", "-5", "", "\u00b2", "\u0663"):
         assert retry_after(nonsense, now) is None
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "Thu, 01 Jan 99999999999999999999 00:00:00 GMT",
+        "Thu, 01 Jan 2026 00:00:00 +99999999999999999999",
+        "Mon, 01 Jan 0001 00:00:00 +2359",
+        "9" * 5000 + "x",
+        ",",
+    ],
+)
+def test_no_retry_after_is_an_error(value: str) -> None:
+    retry_after(value)
+    assert retry_after("9" * 400) is not None
+
+
+def test_a_retry_after_that_is_no_number_does_not_repeat_for_ever(bench: Bench) -> None:
+    with RawReceiver(Reply(500, {"retry-after": "\u00b2"})) as receiver:
+        job_id = bench.submit(f"http://127.0.0.1:{receiver.port}/", (WebhookEvent.SUCCEEDED,))
+        bench.run(job_id)
+        assert bench.send_due() == 1
+    delivery = bench.only(job_id)
+    assert (delivery.status, delivery.error) == (500, "the endpoint answered 500")
+
+
+def test_whatever_goes_wrong_in_an_attempt_is_a_failed_attempt(bench: Bench) -> None:
+    """An exception that came out would leave the delivery leased, and its schedule would never end."""
+
+    def bug(delivery: Delivery) -> list[str]:
+        raise ZeroDivisionError("a bug of ours")
+
+    sender = WebhookSender(bench.outbox, bug, settings=bench.settings)
+    job_id = bench.submit("http://127.0.0.1:1/", (WebhookEvent.SUCCEEDED,))
+    bench.run(job_id)
+    for _ in range(len(SCHEDULE) + 1):
+        assert bench.only(job_id).state == "pending"
+        bench.make_due(bench.only(job_id).id)
+        assert sender.send(bench.only(job_id).id)
+    delivery = bench.only(job_id)
+    assert (delivery.state, delivery.error) == ("dead", "ZeroDivisionError: a bug of ours")
