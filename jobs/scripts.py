@@ -28,7 +28,7 @@ delivery:<msg>             hash   one webhook and its payload                  r
 deliveries:<id>            list   a job's, or an endpoint's, webhooks          retention after the purge
 pending:<chain>            list   those not yet ended                          when they end
 outbox                     zset   each chain's oldest pending webhook by due   delivered or dead
-outbox:dead                zset   webhooks given up                            redeliver, purge
+outbox:dead                zset   webhooks given up                            redeliver, purge; sweep
 outcomes                   hash   webhook attempts ever, by outcome            4 fields
 gone:<sha1 of url>         string the address answered 410                     1 day
 nodes, node:<id>           zset,  node registry (plain commands, no scripts)   NODE_SECONDS after a beat
