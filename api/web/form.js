@@ -1,6 +1,6 @@
 // The composer: fields of the chosen model, ready-made shapes, errors at the field, the request as a curl command.
 
-import { json, upload } from "./client.js";
+import { Problem, json, upload } from "./client.js";
 import { $, make, pretty, show } from "./dom.js";
 import { drawLoras, fillLoras, loraInputs, readLoras } from "./loras.js";
 import { defaultsOf, describe, drawQuality, quality } from "./quality.js";
@@ -131,7 +131,7 @@ export function readRequest() {
   put("shift", number("shift"), d.shift);
   put("sample_solver", $("sample_solver").value, d.sample_solver);
   const seed = $("seed").value.trim();
-  if (seed !== "") body.seed = /^-?\d{1,15}$/.test(seed) ? Number(seed) : seed;
+  if (seed !== "") body.seed = /^-?\d+$/.test(seed) && Number.isSafeInteger(Number(seed)) ? Number(seed) : seed;
   put("negative_prompt", $("negative_prompt").value);
   put("priority", $("priority").value, "normal");
   const loras = readLoras();
@@ -140,7 +140,15 @@ export function readRequest() {
   return body;
 }
 
+// A whole number that JavaScript would round is refused here: another seed than the one asked for helps nobody.
+function checkSeed({ seed }) {
+  if (typeof seed !== "string" || !/^\d+$/.test(seed)) return;
+  const expected = `0 to ${Number.MAX_SAFE_INTEGER} on this page; the API itself takes up to 2^63-1`;
+  throw new Problem(422, { errors: [{ field: "seed", got: seed, expected }] });
+}
+
 export async function readyRequest() {
+  checkSeed(readRequest());
   if (picture && !picture.id) {
     picture.id = (await upload(picture.file)).id;
     drawCurl();

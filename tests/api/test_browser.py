@@ -291,6 +291,26 @@ def test_quality_and_loras(desk: Desk) -> None:
     assert (page.input_value("#sampling_steps"), page.input_value("#guide_high")) == ("4", "4")
 
 
+def test_seeds_of_any_length(desk: Desk) -> None:
+    """Most random seeds have 16 digits; what JavaScript would round is refused at the field, never changed."""
+    page = desk.enter(desk.page())
+    page.fill("#prompt", PROMPT)
+    page.click("#details summary")
+    page.fill("#seed", "9007199254740993")  # 2^53 + 1
+    page.click("#submit")
+    page.wait_for_selector("#seed-error:not(:empty)")
+    assert "9007199254740991" in page.text_content("#seed-error")
+    page.fill("#seed", "9007199254740991")
+    page.click("#submit")
+    page.wait_for_selector("#working:visible")
+    page.fill("#seed", "")
+    page.click("#reuse")
+    assert page.input_value("#seed") == "9007199254740991"
+    page.click("#submit")
+    eventually(lambda: len(desk.store.list("*")[0]) == 2)
+    assert {job.request.seed for job in desk.store.list("*")[0]} == {2**53 - 1}
+
+
 def test_a_telephone(desk: Desk, redis: RedisClient) -> None:
     """Nothing is wider than the screen, whatever is open and however long a word is."""
     page = desk.page(width=390, height=844)
