@@ -46,12 +46,15 @@ function sync(list, jobs, create, update, onSelect) {
   if (!same) list.replaceChildren(...items);
 }
 
+// A refresh asks for as many as are shown (a page holds 100 at most), so that what was deleted goes.
 export async function refreshGallery(onSelect, older = false) {
-  const page = await json(`/v1/jobs?state=succeeded&limit=12${older && cursor ? `&cursor=${encodeURIComponent(cursor)}` : ""}`);
+  const limit = older ? 12 : Math.min(100, Math.max(12, cards.length));
+  const page = await json(`/v1/jobs?state=succeeded&limit=${limit}${older && cursor ? `&cursor=${encodeURIComponent(cursor)}` : ""}`);
   const known = new Set(page.data.map((job) => job.id));
-  const rest = cards.filter((job) => !known.has(job.id));
-  if (older || cards.length <= 12) cursor = page.next_cursor;
-  cards = older ? [...rest, ...page.data] : [...page.data, ...(cards.length > 12 ? rest : [])];
+  const last = page.data.at(-1)?.id ?? "";
+  const rest = cards.filter((job) => !known.has(job.id) && (older || (page.next_cursor !== null && job.id < last))); // ids sort by time
+  if (older || rest.length === 0) cursor = page.next_cursor;
+  cards = older ? [...rest, ...page.data] : [...page.data, ...rest];
   show($("gallery-empty"), cards.length === 0);
   show($("more"), cursor !== null);
   draw(onSelect);

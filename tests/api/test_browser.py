@@ -21,7 +21,7 @@ from jobs.store import JobStore
 from jobs.timings import Timings
 from tests.api.browser import browser, chromium_or_skip
 from tests.api.conftest import MODEL, Running, finish
-from tests.support.jobs import card, video_request
+from tests.support.jobs import card, new_job, video_request
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 PROMPT = "a red ball rolls over a table"
@@ -67,6 +67,7 @@ class Desk:
     context: Any
     url: str
     plain: str
+    key_id: str
     store: JobStore
     settings: Settings
     files: tuple[Path, Path]
@@ -133,9 +134,9 @@ def desk(
     node: Any,
     files: Any,
 ) -> Iterator[Desk]:
-    plain = keys.create("browser", (Scope.SUBMIT, Scope.READ, Scope.ADMIN))[1]
+    key, plain, _ = keys.create("browser", (Scope.SUBMIT, Scope.READ, Scope.ADMIN))
     context = chromium.new_context()
-    found = Desk(context, running.url, plain, store, settings, files)
+    found = Desk(context, running.url, plain, key.id, store, settings, files)
     yield found
     context.close()
     assert found.problems == []
@@ -309,6 +310,34 @@ def test_seeds_of_any_length(desk: Desk) -> None:
     page.click("#submit")
     eventually(lambda: len(desk.store.list("*")[0]) == 2)
     assert {job.request.seed for job in desk.store.list("*")[0]} == {2**53 - 1}
+
+
+def test_another_key_sees_nothing_of_the_last(desk: Desk, keys: KeyStore) -> None:
+    """Neither videos nor what was typed; and a refresh drops what was deleted elsewhere."""
+    for _ in range(14):
+        desk.store.submit(new_job(desk.key_id))
+        finish(desk.store, desk.settings)
+    page = desk.enter(desk.page())
+    page.click("#more")
+    eventually(lambda: page.locator(".card").count() == 14)
+    listed, _ = desk.store.list("*")
+    for place in (3, 13):
+        desk.store.delete(listed[place].id)
+    page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")  # as a tab that is seen again
+    eventually(lambda: page.locator(".card").count() == 12)
+    page.fill("#prompt", "a secret of the first key")
+    page.click("#key-open")
+    page.wait_for_selector("#gate:visible")
+    assert page.locator(".card").count() == 0
+    other, plain, _ = keys.create("other")
+    page.fill("#key", plain)
+    page.press("#key", "Enter")
+    page.wait_for_selector("#gallery-empty:visible")
+    assert page.input_value("#prompt") == ""
+    keys.revoke(other.id)
+    page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    page.wait_for_selector("#key-error:not(:empty)")
+    assert page.text_content("#key-error") == "The key is no longer valid."
 
 
 def test_a_telephone(desk: Desk, redis: RedisClient) -> None:
