@@ -147,10 +147,17 @@ function checkSeed({ seed }) {
   throw new Problem(422, { errors: [{ field: "seed", got: seed, expected }] });
 }
 
+// Whatever an upload's errors name (file, body, Content-Type), the image's field is where they can be mended.
+function atImage(error) {
+  if (!(error instanceof Problem)) return error;
+  const errors = [401, 403].includes(error.status) ? [] : error.errors.map((item) => ({ ...item, field: "image" }));
+  return new Problem(error.status, { detail: error.message, type: error.type, errors });
+}
+
 export async function readyRequest() {
   checkSeed(readRequest());
   if (picture && !picture.id) {
-    picture.id = (await upload(picture.file)).id;
+    try { picture.id = (await upload(picture.file)).id; } catch (error) { throw atImage(error); }
     drawCurl();
   }
   return readRequest();
