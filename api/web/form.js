@@ -172,7 +172,9 @@ export function fillFrom(request, seed = request.seed) {
   for (const name of ["size", "frame_num", "sampling_steps", "shift", "sample_solver", "negative_prompt"]) $(name).value = request[name];
   [$("guide_low").value, $("guide_high").value] = request.guide_scale;
   $("seed").value = seed ?? "";
-  if (request.image) setPicture({ id: request.image });
+  // A job without a picture clears the one that was chosen; its own is kept, with its preview.
+  if (!request.image) setPicture(null);
+  else if (picture?.id !== request.image) setPicture({ id: request.image });
   refresh();
 }
 

@@ -312,6 +312,32 @@ def test_seeds_of_any_length(desk: Desk) -> None:
     assert {job.request.seed for job in desk.store.list("*")[0]} == {2**53 - 1}
 
 
+def test_a_first_image(desk: Desk) -> None:
+    """A picture's errors stand at its field, and it goes when the settings of a job without one are used."""
+    NodeRegistry(desk.store.redis).publish_model(card(task="ti2v"))
+    page = desk.enter(desk.page())
+    page.fill("#prompt", PROMPT)
+    page.click("#submit")
+    page.wait_for_selector("#working:visible")
+    file = {"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"}
+    page.set_input_files("#image", file)
+    page.click("#submit")
+    page.wait_for_selector("#image-error:not(:empty)")
+    assert page.get_attribute("#image", "aria-invalid") == "true"
+    assert page.text_content("#form-error") == ""
+    assert "UPLOAD_ID" in page.text_content("#curl")
+    page.click("#reuse")
+    assert "image" not in page.text_content("#curl")
+    page.click("#submit")
+    eventually(lambda: len(desk.store.list("*")[0]) == 2)
+    refusal = {"status": 403, "json": {"detail": "No scope.", "errors": [{"field": "scope", "expected": "x"}]}}
+    page.route("**/v1/uploads", lambda route: route.fulfill(**refusal))
+    page.set_input_files("#image", file)
+    page.click("#submit")
+    page.wait_for_selector("#form-error:not(:empty)")
+    assert page.text_content("#form-error") == "No scope."
+
+
 def test_another_key_sees_nothing_of_the_last(desk: Desk, keys: KeyStore) -> None:
     """Neither videos nor what was typed; and a refresh drops what was deleted elsewhere."""
     for _ in range(14):
