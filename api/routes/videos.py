@@ -27,7 +27,6 @@ from api.submit import choose_model, repeated, submit_new
 from api.views import json_response
 from jobs.errors import FieldProblem
 from jobs.job import Job
-from jobs.keys import ApiKey
 
 router = APIRouter(prefix="/v1/videos", tags=["openai"])
 VideoId = Annotated[str, Path(description="The video's id: the job's.", max_length=200)]
@@ -48,7 +47,7 @@ async def read_fields(request: Request) -> dict[str, Any]:
     if kind == "application/json":
         return load_object(await request.body())
     if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        allowed = "multipart/form-data or application/json"
+        allowed = "multipart/form-data, application/x-www-form-urlencoded or application/json"
         raise ProblemError(
             p.UNSUPPORTED_MEDIA_TYPE,
             f"This route takes {allowed}.",

@@ -293,7 +293,7 @@ def test_quality_and_loras(desk: Desk) -> None:
 
 
 def test_seeds_of_any_length(desk: Desk) -> None:
-    """Most random seeds have 16 digits; what JavaScript would round is refused at the field, never changed."""
+    """Most random seeds have 16 digits; what JavaScript would round is refused at the field."""
     page = desk.enter(desk.page())
     page.fill("#prompt", PROMPT)
     page.click("#details summary")
@@ -330,8 +330,8 @@ def test_a_first_image(desk: Desk) -> None:
     assert "image" not in page.text_content("#curl")
     page.click("#submit")
     eventually(lambda: len(desk.store.list("*")[0]) == 2)
-    refusal = {"status": 403, "json": {"detail": "No scope.", "errors": [{"field": "scope", "expected": "x"}]}}
-    page.route("**/v1/uploads", lambda route: route.fulfill(**refusal))
+    refusal = {"detail": "No scope.", "errors": [{"field": "scope", "expected": "submit"}]}
+    page.route("**/v1/uploads", lambda route: route.fulfill(status=403, json=refusal))
     page.set_input_files("#image", file)
     page.click("#submit")
     page.wait_for_selector("#form-error:not(:empty)")
