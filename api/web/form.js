@@ -229,7 +229,7 @@ export function refresh() {
   const frames = Number($("frame_num").value);
   $("frame-note").textContent = `${frames} · ${(frames / card.fps).toFixed(1)} s at ${card.fps} fps`;
   $("steps-note").textContent = $("sampling_steps").value;
-  $("prompt-count").textContent = `${$("prompt").value.length} / 2000`;
+  $("prompt-count").textContent = `${[...$("prompt").value].length} / 2000`; // characters, as the API counts
   $("digest").textContent = `${pretty($("size").value)}, ${frames} frames, ${$("sampling_steps").value} steps`;
   const values = shapes(card);
   for (const radio of $("shapes").querySelectorAll("input")) {

@@ -42,8 +42,12 @@ function sync(list, jobs, create, update, onSelect) {
     update(button, job);
     return li;
   });
-  const same = items.length === list.children.length && items.every((li, index) => li === list.children[index]);
-  if (!same) list.replaceChildren(...items);
+  // Only what differs is touched: an item that is taken out, even to be put back, loses the focus.
+  const focused = document.activeElement;
+  const kept = new Set(items);
+  for (const li of [...list.children]) if (!kept.has(li)) li.remove();
+  items.forEach((li, index) => { if (list.children[index] !== li) list.insertBefore(li, list.children[index] ?? null); });
+  if (focused !== document.activeElement && list.contains(focused)) focused.focus({ preventScroll: true }); // it has moved
 }
 
 // A refresh asks for as many as are shown (a page holds 100 at most), so that what was deleted goes.

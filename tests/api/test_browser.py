@@ -347,10 +347,13 @@ def test_another_key_sees_nothing_of_the_last(desk: Desk, keys: KeyStore) -> Non
     page.click("#more")
     eventually(lambda: page.locator(".card").count() == 14)
     listed, _ = desk.store.list("*")
+    focused = page.locator(".card").nth(6)
+    focused.focus()
     for place in (3, 13):
         desk.store.delete(listed[place].id)
     page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")  # as a tab that is seen again
     eventually(lambda: page.locator(".card").count() == 12)
+    assert page.evaluate("document.activeElement.parentElement.dataset.job") == listed[6].id, "keeps the focus"
     page.fill("#prompt", "a secret of the first key")
     page.click("#key-open")
     page.wait_for_selector("#gate:visible")
@@ -371,6 +374,12 @@ def test_a_telephone(desk: Desk, redis: RedisClient) -> None:
     page = desk.page(width=390, height=844)
     desk.enter(page)
     page.emulate_media(color_scheme="dark")
+    page.fill("#prompt", "\N{WATERMELON}" * 1999)  # two of JavaScript's units each
+    assert page.text_content("#prompt-count") == "1999 / 2000"
+    assert page.evaluate("document.querySelectorAll('#form output, #form [aria-live]').length") == 0
+    page.keyboard.press("End")
+    page.keyboard.type("ab")
+    assert page.text_content("#prompt-count") == "2001 / 2000"
     page.fill("#prompt", "x" * 300)
     page.click("#details summary")
     page.click(".command summary")
