@@ -20,7 +20,7 @@ from api.images import store_image
 from api.inputs import body_hash
 from api.openai_shape import BODY, VideoDeleted, VideoOut, VideoPage, native_body, renamed, video_view
 from api.problem import ProblemError, documented
-from api.routes.jobs import find, remove
+from api.routes.jobs import find, is_job_id, remove
 from api.routes.media import sign
 from api.services import Services
 from api.submit import choose_model, repeated, submit_new
@@ -134,7 +134,7 @@ def list_videos(
     order: Annotated[Literal["desc"], Query(description="Newest first is the only order.")] = "desc",
 ) -> Response:
     """This key's videos, newest first."""
-    if after is not None and not after.replace("_", "").isalnum():
+    if after is not None and not is_job_id(after):
         raise invalid([FieldProblem("after", p.shorten(after), "the id of a video")])
     found, following = svc.jobs.list(view_of(key), cursor=after, limit=limit)
     data = views(svc, found)

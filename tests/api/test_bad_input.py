@@ -262,6 +262,8 @@ def test_another_keys_job_is_not_found(client_for: Callable[..., httpx.Client], 
         ("limit=101", "limit"),
         ("limit=x", "limit"),
         ("cursor=%2B%5Bx", "cursor"),
+        ("cursor=zzzz", "cursor"),
+        ("cursor=job_0m7f3c2k9x1v5n8p4q6r7s2t1%0A", "cursor"),
         ("model=" + "x" * 101, "model"),
     ],
 )

@@ -347,13 +347,25 @@ def test_another_key_sees_nothing_of_the_last(desk: Desk, keys: KeyStore) -> Non
     page.click("#more")
     eventually(lambda: page.locator(".card").count() == 14)
     listed, _ = desk.store.list("*")
+    held: list[Any] = []  # a late answer to the first click must not replace the second's
+    page.route(f"**/v1/jobs/{listed[0].id}", lambda route: held.append(route))
+    page.locator(".card").nth(0).click()
+    page.locator(".card").nth(1).click()
+    page.wait_for_selector("#video:visible")
+    with page.expect_response(f"**/v1/jobs/{listed[0].id}") as late:
+        held[0].continue_()
+    late.value.finished()
+    page.wait_for_timeout(50)
+    assert page.url.endswith(listed[1].id)
     focused = page.locator(".card").nth(6)
     focused.focus()
     for place in (3, 13):
         desk.store.delete(listed[place].id)
     page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")  # as a tab that is seen again
     eventually(lambda: page.locator(".card").count() == 12)
-    assert page.evaluate("document.activeElement.parentElement.dataset.job") == listed[6].id, "keeps the focus"
+    assert page.evaluate("document.activeElement.parentElement.dataset.job") == listed[6].id, (
+        "keeps the focus"
+    )
     page.fill("#prompt", "a secret of the first key")
     page.click("#key-open")
     page.wait_for_selector("#gate:visible")

@@ -190,6 +190,9 @@ def test_pages(videos: Any) -> None:
     assert [item.id for item in videos.list(limit=2)] == ids[::-1]  # the package follows `after` by itself
     first = videos.list(limit=2)
     assert (len(first.data), first.has_more, first.last_id) == (2, True, ids[3])
+    with pytest.raises(openai.BadRequestError) as nope:
+        videos.list(after="nope")
+    assert nope.value.param == "after"
     with pytest.raises(openai.BadRequestError) as order:
         videos.list(order="asc")
     assert order.value.param == "order"
