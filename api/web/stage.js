@@ -51,6 +51,7 @@ export function clear() {
   stream?.abort();
   job = null;
   stopVideo();
+  $("screen").style.aspectRatio = "";
   document.title = TITLE;
   history.replaceState(null, "", location.pathname);
   for (const id of ["working", "ended", "caption"]) show($(id), false);

@@ -95,6 +95,7 @@ def test_two_tabs_show_the_same(desk: Desk) -> None:
     second.once("dialog", lambda dialog: dialog.accept())
     second.click("#delete")
     second.wait_for_selector("#idle:visible")
+    assert second.evaluate("document.getElementById('screen').style.aspectRatio") == "", "no video, no shape"
     first.reload()
     first.wait_for_selector("#idle:visible")
     assert first.locator(".card").count() == 0
