@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from api.context import RequestContext
 from api.errors import add_error_handlers
 from api.limits import SizeLimits
+from api.methods import HeadAsGet
 from api.metrics import Metrics
 from api.openapi import install_openapi
 from api.routes import endpoints, events, health, jobs, media, nodes, page, uploads, videos, webhooks
@@ -48,9 +49,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json",
+        redirect_slashes=False,  # such a redirect would lead wherever the Host header says
         lifespan=lifespan,
     )
     app.state.services = services
+    app.state.routes = [*app.routes, *(route for module in ROUTERS for route in module.router.routes)]
     add_error_handlers(app)
     for module in ROUTERS:
         app.include_router(module.router)
@@ -58,4 +61,5 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     # The last one added is the outermost.
     app.add_middleware(SizeLimits, max_body=settings.max_body_bytes, max_upload=settings.max_upload_bytes)
     app.add_middleware(RequestContext, metrics=metrics)
+    app.add_middleware(HeadAsGet)
     return app

@@ -2,6 +2,7 @@
 
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import redis.exceptions
@@ -11,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from api import problem as p
+from api.methods import allowed_methods
 from api.problem import ProblemError, ProblemType, problem_response, shorten
 from jobs import errors as e
 from jobs.errors import FieldProblem
@@ -96,7 +98,10 @@ def add_error_handlers(app: FastAPI) -> None:
         def handle(
             request: Request, error: Exception, convert: Callable[[Any], ProblemError] = convert
         ) -> Response:
-            return problem_response(request, convert(error))
+            problem = convert(error)
+            if problem.kind is p.METHOD_NOT_ALLOWED:
+                problem = replace(problem, headers={**problem.headers, "Allow": allowed_methods(request)})
+            return problem_response(request, problem)
 
         app.add_exception_handler(kind, handle)
 

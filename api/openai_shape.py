@@ -96,8 +96,17 @@ _FIELDS: dict[str, Any] = {
     "sample_solver": {"enum": ["unipc", "dpm++"]},
 }
 _SCHEMA = {"type": "object", "required": ["prompt"], "properties": _FIELDS, "additionalProperties": False}
+_REFERENCE = {"type": "string", "description": "First image: an upload's id, or an https URL."}
+_TEXTS = {**_SCHEMA, "properties": {**_FIELDS, "input_reference": _REFERENCE}}
 BODY: dict[str, Any] = {
-    "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _SCHEMA}}}
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {"schema": _SCHEMA},
+            "application/json": {"schema": _TEXTS},
+            "application/x-www-form-urlencoded": {"schema": _TEXTS},
+        },
+    }
 }
 
 

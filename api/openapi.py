@@ -7,7 +7,7 @@ from fastapi.openapi.utils import get_openapi
 
 from api.inputs import EndpointChange, EndpointIn, job_schema
 from api.problem import OpenAIError, ProblemOut
-from api.webhook_schemas import WebhookBody
+from api.webhook_schemas import WebhookBody, WebhookTestBody
 from jobs.job import WebhookEvent
 
 DESCRIPTION = """
@@ -25,7 +25,8 @@ Videos from text and images with Wan 2.2.
 wrong field with what came and what is allowed. Below `/v1/videos`, which speaks OpenAI's dialect, the same
 problems come in its envelope.
 
-**Limits.** `RateLimit` and `RateLimit-Policy` headers on every answer; 429 and 503 carry `Retry-After`.
+**Limits.** `RateLimit` and `RateLimit-Policy` headers on every answer to a valid key; 429 and 503 carry
+`Retry-After`.
 """
 TAGS = [
     {"name": "jobs", "description": "Submit, follow, fetch."},
@@ -35,8 +36,11 @@ TAGS = [
     {"name": "openai", "description": "The same jobs in the shape of OpenAI's videos API."},
     {"name": "operations", "description": "Probes and metrics."},
 ]
-RATE_HEADERS = {
+ID_HEADER = {
     "X-Request-Id": {"description": "This request's id, also in our log.", "schema": {"type": "string"}},
+}
+KEYLESS = ("401", "431")  # answered before a key is known, whose limits could be told
+RATE_HEADERS = {
     "RateLimit": {"description": 'Such as `"key";r=599;t=1`.', "schema": {"type": "string"}},
     "RateLimit-Policy": {"description": 'Such as `"key";q=600;w=60`.', "schema": {"type": "string"}},
 }
@@ -64,22 +68,27 @@ def _build(app: FastAPI) -> dict[str, Any]:
         ("EndpointChange", EndpointChange.model_json_schema(ref_template="#/components/schemas/{model}")),
         ("ProblemOut", ProblemOut.model_json_schema(ref_template="#/components/schemas/{model}")),
         ("WebhookBody", WebhookBody.model_json_schema(ref_template="#/components/schemas/{model}")),
+        ("WebhookTestBody", WebhookTestBody.model_json_schema(ref_template="#/components/schemas/{model}")),
         ("OpenAIError", OpenAIError.model_json_schema(ref_template="#/components/schemas/{model}")),
     ):
         schemas.update(schema.pop("$defs", {}))
         schemas[name] = schema
     document["webhooks"] = _webhooks()
-    for path in document["paths"].values():
-        for operation in path.values():
-            # FastAPI's own shape of a 422, which this API never sends
-            for response in operation["responses"].values():
-                if response.get("content", {}).get("application/json", {}).get("schema", {}).get(
-                    "$ref", ""
-                ) == ("#/components/schemas/HTTPValidationError"):
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            # FastAPI's own 422, a shape that we never send; below /v1/videos wrong parameters answer 400
+            for status, response in list(operation["responses"].items()):
+                schema = response.get("content", {}).get("application/json", {}).get("schema", {})
+                if schema.get("$ref", "") != "#/components/schemas/HTTPValidationError":
+                    continue
+                if path.startswith("/v1/videos"):
+                    del operation["responses"][status]
+                else:
                     del response["content"]
             if operation.get("security"):
-                for response in operation["responses"].values():
-                    response.setdefault("headers", {}).update(RATE_HEADERS)
+                for status, response in operation["responses"].items():
+                    limits = {} if status in KEYLESS else RATE_HEADERS
+                    response.setdefault("headers", {}).update({**ID_HEADER, **limits})
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     return document
@@ -95,18 +104,23 @@ def _webhooks() -> dict[str, Any]:
             ("webhook-signature", "Standard Webhooks: `v1,` and base64; two of them during a rotation."),
         )
     ]
-    schema = {"schema": {"$ref": "#/components/schemas/WebhookBody"}}
+    bodies = {event.value: "WebhookBody" for event in WebhookEvent} | {"webhook.test": "WebhookTestBody"}
+    summaries = {event: f"A job's {event.removeprefix('job.')} event" for event in bodies}
+    summaries["webhook.test"] = "A test that was asked for"
     return {
-        event.value: {
+        event: {
             "post": {
-                "summary": f"A job's {event.value.removeprefix('job.')} event",
+                "summary": summaries[event],
                 "parameters": headers,
-                "requestBody": {"required": True, "content": {"application/json": schema}},
+                "requestBody": {
+                    "required": True,
+                    "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{body}"}}},
+                },
                 "responses": {
                     "2XX": {"description": "Taken. Anything else is tried again."},
                     "410": {"description": "Never again."},
                 },
             }
         }
-        for event in WebhookEvent
+        for event, body in bodies.items()
     }

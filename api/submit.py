@@ -30,11 +30,28 @@ async def submit_job(
     QueueFull, IdempotencyConflict, StoreUnavailable.
     """
     digest = body_hash(data)
+    earlier = await repeated(svc, key, idempotency_key, digest)
+    if earlier is not None:
+        return earlier, False
+    return await submit_new(svc, key, data, idempotency_key, digest)
+
+
+async def repeated(svc: Services, key: ApiKey, idempotency_key: str | None, digest: str) -> Job | None:
+    """The job that this request made when it came before.
+
+    Looked up before anything is checked: a job that is queued stays queued, also when its image or its
+    receiver's name is no longer found, or no node is there. Raises IdempotencyConflict, StoreUnavailable.
+    """
+    if not idempotency_key:
+        return None
+    return await run_in_threadpool(svc.jobs.submitted, key.id, idempotency_key, digest)
+
+
+async def submit_new(
+    svc: Services, key: ApiKey, data: Mapping[str, Any], idempotency_key: str | None, digest: str
+) -> tuple[Job, bool]:
+    """Like `submit_job` when nothing is `repeated`. digest: the hash of the body as it was sent."""
     if is_url(data.get("image")):
-        if idempotency_key:  # a repeat gets its job, also when the image is no longer where it was
-            earlier = await run_in_threadpool(svc.jobs.submitted, key.id, idempotency_key, digest)
-            if earlier is not None:
-                return earlier, False
         await run_in_threadpool(check, svc, key, data)  # all that can be known before the fetch
         fetched = await store_from_url(svc, key, data["image"])
         data = {**data, "image": fetched.id}

@@ -55,11 +55,26 @@ class WebhookData(BaseModel):
 
 
 class WebhookBody(BaseModel):
-    """What a webhook posts (Standard Webhooks). `webhook.test` carries the endpoint's id instead of a job."""
+    """What a webhook posts about a job (Standard Webhooks)."""
 
     type: WebhookEvent
     timestamp: Timestamp = Field(description="When it happened.")
     data: WebhookData
+
+
+class WebhookTestData(BaseModel):
+    """Which endpoint a test was asked for, and that nothing has happened."""
+
+    id: str = Field(examples=[ENDPOINT_ID])
+    message: str = Field(examples=["This is a test. Nothing has happened to any job."])
+
+
+class WebhookTestBody(BaseModel):
+    """What `POST /v1/webhooks/{id}/test` posts: about an endpoint, not about a job."""
+
+    type: Literal["webhook.test"]
+    timestamp: Timestamp = Field(description="When it was asked for.")
+    data: WebhookTestData
 
 
 class EndpointOut(BaseModel):

@@ -1,5 +1,6 @@
 """``/v1/jobs``: submit, read, list, cancel, delete."""
 
+import re
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
@@ -31,6 +32,11 @@ BODY = {
         "content": {"application/json": {"schema": {"$ref": "#/components/schemas/JobIn"}}},
     }
 }
+
+
+def is_job_id(text: str) -> bool:
+    """Whether this can be a job's id. Lists go on after one; the queue would take any other for none."""
+    return re.fullmatch(r"job_[0-9a-z]{25}", text) is not None
 
 
 def find(svc: Services, key: ApiKey, job_id: str) -> Job:
@@ -118,7 +124,7 @@ def list_jobs(
     Pages are stable: jobs that arrive meanwhile don't shift them. With several filters a page may be shorter
     than `limit`, or empty, though `has_more` is true: go on with `next_cursor`.
     """
-    if cursor is not None and not cursor.replace("_", "").isalnum():
+    if cursor is not None and not is_job_id(cursor):
         raise invalid([FieldProblem("cursor", p.shorten(cursor), "a `next_cursor` from an earlier page")])
     found, following = svc.jobs.list(
         view_of(key), state=state, model=model, ref=ref, cursor=cursor, limit=limit

@@ -23,11 +23,17 @@ KINDS = {
 }
 
 
+@lru_cache(maxsize=1)
+def _files() -> dict[str, Path]:
+    """The page's files by name: a name from outside is looked up here and never made into a path."""
+    return {path.name: path for path in WEB.iterdir() if path.suffix in KINDS and path.is_file()}
+
+
 @lru_cache(maxsize=32)
 def _file(name: str) -> tuple[bytes, str, str] | None:
     """Bytes, content type and ETag of a file of the page; None when there is none of that name."""
-    path = WEB / name
-    if path.parent != WEB or path.suffix not in KINDS or not path.is_file():
+    path = _files().get(name)
+    if path is None:
         return None
     content = path.read_bytes()
     return content, KINDS[path.suffix], f'"{hashlib.sha256(content).hexdigest()[:32]}"'
@@ -70,13 +76,13 @@ def _answer(request: Request, svc: Services, name: str) -> Response:
     return Response(content, headers={**headers, "Content-Type": kind})
 
 
-@router.api_route("/", methods=["GET", "HEAD"])
+@router.get("/")
 def index(request: Request, svc: ServicesDep) -> Response:
     """The page."""
     return _answer(request, svc, "index.html")
 
 
-@router.api_route("/docs", methods=["GET", "HEAD"])
+@router.get("/docs")
 def docs(request: Request, svc: ServicesDep) -> Response:
     """The OpenAPI document, readable: drawn by our own script, as the usual viewers need other hosts."""
     return _answer(request, svc, "docs.html")

@@ -4,6 +4,7 @@ Thin: a form becomes the native body, a job becomes its video object. Field name
 so that the package's exceptions carry `param` as the caller knows it.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -16,16 +17,16 @@ from api.auth import ReadKey, ServicesDep, SubmitKey, view_of
 from api.bodies import load_object
 from api.errors import invalid
 from api.images import store_image
+from api.inputs import body_hash
 from api.openai_shape import BODY, VideoDeleted, VideoOut, VideoPage, native_body, renamed, video_view
 from api.problem import ProblemError, documented
-from api.routes.jobs import find, remove
+from api.routes.jobs import find, is_job_id, remove
 from api.routes.media import sign
 from api.services import Services
-from api.submit import choose_model, submit_job
+from api.submit import choose_model, repeated, submit_new
 from api.views import json_response
 from jobs.errors import FieldProblem
 from jobs.job import Job
-from jobs.keys import ApiKey
 
 router = APIRouter(prefix="/v1/videos", tags=["openai"])
 VideoId = Annotated[str, Path(description="The video's id: the job's.", max_length=200)]
@@ -40,13 +41,13 @@ COMMON = (
 POLL = {"openai-poll-after-ms": "1000"}  # the package's poll helper reads it
 
 
-async def read_fields(request: Request, svc: Services, key: ApiKey) -> dict[str, Any]:
-    """The form's (or JSON's) fields; a file in `input_reference` is stored and named by its upload id."""
+async def read_fields(request: Request) -> dict[str, Any]:
+    """The form's (or JSON's) fields; `input_reference` may be a file, as bytes. Raises ProblemError."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind == "application/json":
         return load_object(await request.body())
     if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        allowed = "multipart/form-data or application/json"
+        allowed = "multipart/form-data, application/x-www-form-urlencoded or application/json"
         raise ProblemError(
             p.UNSUPPORTED_MEDIA_TYPE,
             f"This route takes {allowed}.",
@@ -58,13 +59,20 @@ async def read_fields(request: Request, svc: Services, key: ApiKey) -> dict[str,
             if name in fields:
                 raise invalid([FieldProblem(p.shorten(name), "twice", "once")])
             fields[name] = await value.read() if isinstance(value, UploadFile) else value
-    reference = fields.get("input_reference")
-    if isinstance(reference, bytes):
-        fields["input_reference"] = (await store_image(svc, key, reference, "input_reference")).id
     for name, value in fields.items():
-        if isinstance(value, bytes):
+        if isinstance(value, bytes) and name != "input_reference":
             raise invalid([FieldProblem(p.shorten(name), "a file", "a text")])
     return fields
+
+
+def sent_hash(fields: Mapping[str, Any]) -> str:
+    """The hash of a request as it was sent: a file counts by its content, not by the id it will be given."""
+    return body_hash(
+        {
+            name: {"sha256": hashlib.sha256(value).hexdigest()} if isinstance(value, bytes) else value
+            for name, value in fields.items()
+        }
+    )
 
 
 @router.post(
@@ -88,15 +96,22 @@ async def create(
     Of our own fields, `seed`, `negative_prompt`, `sampling_steps`, `guide_scale`, `shift` and `sample_solver`
     may come along (`extra_body`).
     """
-    fields = await read_fields(request, svc, key)
-
+    fields = await read_fields(request)
+    digest = sent_hash(fields)
+    earlier = await repeated(svc, key, idempotency_key, digest)
+    if earlier is not None:
+        return json_response((await run_in_threadpool(views, svc, [earlier]))[0], headers=POLL)
     wrong: dict[str, FieldProblem] = {}
     card = await run_in_threadpool(choose_model, svc, fields.get("model") or None, wrong)
     if card is None:
         raise invalid(list(wrong.values()))
+    reference = fields.get("input_reference")
+    if isinstance(reference, bytes):
+        stored = await store_image(svc, key, reference, "input_reference")
+        fields["input_reference"] = stored.id
     body = native_body(fields, card)
     try:
-        job, _ = await submit_job(svc, key, body, idempotency_key)
+        job, _ = await submit_new(svc, key, body, idempotency_key, digest)
     except ProblemError as error:
         raise ProblemError(error.kind, error.detail, renamed(error.errors), error.headers) from None
     return json_response(video_view(job, card.fps, svc.settings.retention_seconds), headers=POLL)
@@ -119,7 +134,7 @@ def list_videos(
     order: Annotated[Literal["desc"], Query(description="Newest first is the only order.")] = "desc",
 ) -> Response:
     """This key's videos, newest first."""
-    if after is not None and not after.replace("_", "").isalnum():
+    if after is not None and not is_job_id(after):
         raise invalid([FieldProblem("after", p.shorten(after), "the id of a video")])
     found, following = svc.jobs.list(view_of(key), cursor=after, limit=limit)
     data = views(svc, found)

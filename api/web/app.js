@@ -6,6 +6,7 @@ import { clearErrors, fillFrom, loadModels, readyRequest, showErrors, startForm 
 import { draw, dropCard, refreshGallery, refreshNodes, refreshQueue } from "./lists.js";
 import { clear, select, selected, startStage } from "./stage.js";
 
+const NOTE = "reel-note";
 let admin = false;
 let beat = 0;
 let timer = null;
@@ -48,6 +49,16 @@ function gate(message = "") {
   $("key").focus();
 }
 
+// Nothing of one key's may be seen under the next: the page starts anew, with only the reason kept.
+function leave(message = "") {
+  clearTimeout(timer);
+  setKey("", false);
+  clear();
+  $("form").reset(); // some browsers fill a reloaded form in again
+  if (message) sessionStorage.setItem(NOTE, message);
+  location.reload();
+}
+
 // Lists refresh every 3 s while the page is seen; the selected job has its own event stream.
 async function tick() {
   clearTimeout(timer);
@@ -59,7 +70,7 @@ async function tick() {
     if (slow && $("model").options.length === 0) work.push(loadModels());
     if (admin) work.push(refreshNodes(pick));
     const failed = (await Promise.allSettled(work)).find((item) => item.status === "rejected");
-    if (failed?.reason instanceof Problem && failed.reason.status === 401) { setKey("", false); gate("The key is no longer valid."); return; }
+    if (failed?.reason instanceof Problem && failed.reason.status === 401) { leave("The key is no longer valid."); return; }
     if (failed) readiness();
     beat += 1;
   }
@@ -101,7 +112,7 @@ function start() {
     onReuse: (job) => { fillFrom(job.request); $("prompt").focus(); },
   });
   $("more").addEventListener("click", () => refreshGallery(pick, true).catch(() => {}));
-  $("key-open").addEventListener("click", () => { setKey("", false); clear(); gate(); });
+  $("key-open").addEventListener("click", () => leave());
   $("key-form").addEventListener("submit", async (event) => {
     event.preventDefault();
     setKey($("key").value.trim(), $("key-keep").checked);
@@ -111,7 +122,8 @@ function start() {
   addEventListener("hashchange", () => { const wanted = /^#(job_[a-z0-9]+)$/.exec(location.hash); if (wanted && wanted[1] !== selected() && hasKey()) select(wanted[1]); });
   readiness();
   if (hasKey()) open().catch((error) => gate(error.status === 401 ? "" : error.message));
-  else gate();
+  else gate(sessionStorage.getItem(NOTE) || "");
+  sessionStorage.removeItem(NOTE);
 }
 
 start();

@@ -1,6 +1,6 @@
 // The composer: fields of the chosen model, ready-made shapes, errors at the field, the request as a curl command.
 
-import { json, upload } from "./client.js";
+import { Problem, json, upload } from "./client.js";
 import { $, make, pretty, show } from "./dom.js";
 import { drawLoras, fillLoras, loraInputs, readLoras } from "./loras.js";
 import { defaultsOf, describe, drawQuality, quality } from "./quality.js";
@@ -131,7 +131,7 @@ export function readRequest() {
   put("shift", number("shift"), d.shift);
   put("sample_solver", $("sample_solver").value, d.sample_solver);
   const seed = $("seed").value.trim();
-  if (seed !== "") body.seed = /^-?\d{1,15}$/.test(seed) ? Number(seed) : seed;
+  if (seed !== "") body.seed = /^-?\d+$/.test(seed) && Number.isSafeInteger(Number(seed)) ? Number(seed) : seed;
   put("negative_prompt", $("negative_prompt").value);
   put("priority", $("priority").value, "normal");
   const loras = readLoras();
@@ -140,9 +140,24 @@ export function readRequest() {
   return body;
 }
 
+// A whole number that JavaScript would round is refused here: another seed than the one asked for helps nobody.
+function checkSeed({ seed }) {
+  if (typeof seed !== "string" || !/^\d+$/.test(seed)) return;
+  const expected = `0 to ${Number.MAX_SAFE_INTEGER} on this page; the API itself takes up to 2^63-1`;
+  throw new Problem(422, { errors: [{ field: "seed", got: seed, expected }] });
+}
+
+// Whatever an upload's errors name (file, body, Content-Type), the image's field is where they can be mended.
+function atImage(error) {
+  if (!(error instanceof Problem)) return error;
+  const errors = [401, 403].includes(error.status) ? [] : error.errors.map((item) => ({ ...item, field: "image" }));
+  return new Problem(error.status, { detail: error.message, type: error.type, errors });
+}
+
 export async function readyRequest() {
+  checkSeed(readRequest());
   if (picture && !picture.id) {
-    picture.id = (await upload(picture.file)).id;
+    try { picture.id = (await upload(picture.file)).id; } catch (error) { throw atImage(error); }
     drawCurl();
   }
   return readRequest();
@@ -157,7 +172,9 @@ export function fillFrom(request, seed = request.seed) {
   for (const name of ["size", "frame_num", "sampling_steps", "shift", "sample_solver", "negative_prompt"]) $(name).value = request[name];
   [$("guide_low").value, $("guide_high").value] = request.guide_scale;
   $("seed").value = seed ?? "";
-  if (request.image) setPicture({ id: request.image });
+  // A job without a picture clears the one that was chosen; its own is kept, with its preview.
+  if (!request.image) setPicture(null);
+  else if (picture?.id !== request.image) setPicture({ id: request.image });
   refresh();
 }
 
@@ -212,7 +229,7 @@ export function refresh() {
   const frames = Number($("frame_num").value);
   $("frame-note").textContent = `${frames} · ${(frames / card.fps).toFixed(1)} s at ${card.fps} fps`;
   $("steps-note").textContent = $("sampling_steps").value;
-  $("prompt-count").textContent = `${$("prompt").value.length} / 2000`;
+  $("prompt-count").textContent = `${[...$("prompt").value].length} / 2000`; // characters, as the API counts
   $("digest").textContent = `${pretty($("size").value)}, ${frames} frames, ${$("sampling_steps").value} steps`;
   const values = shapes(card);
   for (const radio of $("shapes").querySelectorAll("input")) {

@@ -42,16 +42,23 @@ function sync(list, jobs, create, update, onSelect) {
     update(button, job);
     return li;
   });
-  const same = items.length === list.children.length && items.every((li, index) => li === list.children[index]);
-  if (!same) list.replaceChildren(...items);
+  // Only what differs is touched: an item that is taken out, even to be put back, loses the focus.
+  const focused = document.activeElement;
+  const kept = new Set(items);
+  for (const li of [...list.children]) if (!kept.has(li)) li.remove();
+  items.forEach((li, index) => { if (list.children[index] !== li) list.insertBefore(li, list.children[index] ?? null); });
+  if (focused !== document.activeElement && list.contains(focused)) focused.focus({ preventScroll: true }); // it has moved
 }
 
+// A refresh asks for as many as are shown (a page holds 100 at most), so that what was deleted goes.
 export async function refreshGallery(onSelect, older = false) {
-  const page = await json(`/v1/jobs?state=succeeded&limit=12${older && cursor ? `&cursor=${encodeURIComponent(cursor)}` : ""}`);
+  const limit = older ? 12 : Math.min(100, Math.max(12, cards.length));
+  const page = await json(`/v1/jobs?state=succeeded&limit=${limit}${older && cursor ? `&cursor=${encodeURIComponent(cursor)}` : ""}`);
   const known = new Set(page.data.map((job) => job.id));
-  const rest = cards.filter((job) => !known.has(job.id));
-  if (older || cards.length <= 12) cursor = page.next_cursor;
-  cards = older ? [...rest, ...page.data] : [...page.data, ...(cards.length > 12 ? rest : [])];
+  const last = page.data.at(-1)?.id ?? "";
+  const rest = cards.filter((job) => !known.has(job.id) && (older || (page.next_cursor !== null && job.id < last))); // ids sort by time
+  if (older || rest.length === 0) cursor = page.next_cursor;
+  cards = older ? [...rest, ...page.data] : [...page.data, ...rest];
   show($("gallery-empty"), cards.length === 0);
   show($("more"), cursor !== null);
   draw(onSelect);

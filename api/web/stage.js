@@ -5,6 +5,7 @@ import { $, bytes, calm, fine, headline, isLive, pretty, setBar, show } from "./
 
 let job = null;
 let stream = null; // AbortController of the open event stream
+let turn = 0; // rises with each selection: an answer that comes after the next click is not shown
 let said = ""; // last announcement, so that a screen reader hears changes only
 let onChange = () => {};
 const TITLE = document.title;
@@ -46,9 +47,11 @@ async function act(action) {
 }
 
 export function clear() {
+  turn += 1;
   stream?.abort();
   job = null;
   stopVideo();
+  $("screen").style.aspectRatio = "";
   document.title = TITLE;
   history.replaceState(null, "", location.pathname);
   for (const id of ["working", "ended", "caption"]) show($(id), false);
@@ -57,14 +60,18 @@ export function clear() {
 
 // Show a job, given whole or by id, and follow it while it lives.
 export async function select(jobOrId) {
+  const mine = ++turn;
   stream?.abort();
   $("stage-error").textContent = "";
   stopVideo();
   said = "";
   job = null;
   try {
-    apply(typeof jobOrId === "string" ? await json(`/v1/jobs/${encodeURIComponent(jobOrId)}`) : jobOrId);
+    const found = typeof jobOrId === "string" ? await json(`/v1/jobs/${encodeURIComponent(jobOrId)}`) : jobOrId;
+    if (mine !== turn) return;
+    apply(found);
   } catch (error) {
+    if (mine !== turn) return;
     clear();
     $("announce").textContent = error.message;
     return;

@@ -262,6 +262,8 @@ def test_another_keys_job_is_not_found(client_for: Callable[..., httpx.Client], 
         ("limit=101", "limit"),
         ("limit=x", "limit"),
         ("cursor=%2B%5Bx", "cursor"),
+        ("cursor=zzzz", "cursor"),
+        ("cursor=job_0m7f3c2k9x1v5n8p4q6r7s2t1%0A", "cursor"),
         ("model=" + "x" * 101, "model"),
     ],
 )
@@ -285,3 +287,24 @@ def test_every_problem_type_has_its_page(client: httpx.Client) -> None:
         assert kind.title in page.text
         assert slug in page.text
     assert client.get("/problems/none").status_code == 404
+
+
+def test_allow_head_slashes_and_strange_names(client: httpx.Client) -> None:
+    """`Allow` names all methods of the path; HEAD is GET without its body; no redirect follows the Host."""
+    job = submit(client)
+    path = f"/v1/jobs/{job['id']}"
+    for method, target, allowed in (
+        ("PUT", "/v1/jobs", "GET, HEAD, POST"),
+        ("POST", path, "DELETE, GET, HEAD"),
+        ("HEAD", f"{path}/cancel", "POST"),
+        ("HEAD", f"{path}/events", "GET"),
+    ):
+        answer = client.request(method, target)
+        assert (answer.status_code, answer.headers["allow"]) == (405, allowed), (method, target)
+    for target in ("/v1/jobs", path, "/", "/web/app.js", "/healthz", "/openapi.json"):
+        head, got = client.head(target), client.get(target)
+        assert (head.status_code, head.content) == (200, b""), target
+        assert head.headers["content-length"] == got.headers["content-length"]
+    assert client.get("/v1/jobs/", headers={"Host": "evil.example"}).status_code == 404
+    for name in ("a" * 300 + ".js", "a%00.js", "..%2Fapp.py", "nothing.js"):
+        assert client.get(f"/web/{name}").status_code == 404, name

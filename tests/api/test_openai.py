@@ -97,6 +97,28 @@ def test_a_first_image(videos: Any, store: JobStore, redis: RedisClient) -> None
     assert refused.value.param == "input_reference"
 
 
+def test_a_repeat_with_a_picture(client: httpx.Client, running: Running, redis: RedisClient) -> None:
+    """The same form is the same job, stored once, also when no model is there; another picture is refused."""
+    from PIL import Image
+
+    NodeRegistry(redis).publish_model(card(name="tiny", task="i2v"))
+
+    def post(colour: str) -> httpx.Response:
+        file = io.BytesIO()
+        Image.new("RGB", (64, 48), colour).save(file, "PNG")
+        sent = {"input_reference": ("first.png", file.getvalue(), "image/png")}
+        headers = {"Idempotency-Key": "one"}
+        return client.post("/v1/videos", data={"prompt": PROMPT}, files=sent, headers=headers)
+
+    first = post("red")
+    assert first.status_code == 200, first.text
+    redis.execute_command("DEL", "reel:models")
+    again = post("red")
+    assert (again.status_code, again.json()["id"]) == (200, first.json()["id"])
+    assert post("blue").json()["error"]["code"] == "idempotency-key-reused"
+    assert redis.execute_command("ZCARD", "reel:uploads") == 1
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "part"),
     [
@@ -168,6 +190,9 @@ def test_pages(videos: Any) -> None:
     assert [item.id for item in videos.list(limit=2)] == ids[::-1]  # the package follows `after` by itself
     first = videos.list(limit=2)
     assert (len(first.data), first.has_more, first.last_id) == (2, True, ids[3])
+    with pytest.raises(openai.BadRequestError) as nope:
+        videos.list(after="nope")
+    assert nope.value.param == "after"
     with pytest.raises(openai.BadRequestError) as order:
         videos.list(order="asc")
     assert order.value.param == "order"

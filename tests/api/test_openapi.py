@@ -1,5 +1,6 @@
 """Schemathesis over the OpenAPI document: no 5xx, no undocumented answer, nothing of another key's."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import content_type_conformance, status_code_conformance
 
 from api.app import create_app
+from api.webhook_schemas import WebhookTestBody
 from jobs.keys import KeyStore, Scope
 from jobs.settings import Settings
 from tests.api.conftest import Running, submit
@@ -117,3 +119,32 @@ def test_the_document_describes_every_operation() -> None:
             if path.startswith("/v1"):
                 assert {"401", "429", "503"} <= set(operation["responses"]), (method, path)
     assert set(DOCUMENT["components"]["schemas"]["JobIn"]["properties"]) >= {"prompt", "size", "callback_url"}
+
+
+def test_the_document_says_what_is_sent(
+    client: httpx.Client, client_for: Callable[..., httpx.Client]
+) -> None:
+    """The test event's body; the façade's 400 and media types; rate headers where a key is known."""
+    made = client.post("/v1/webhooks", json={"url": "https://1.1.1.1/"}).json()
+    sent = client.post(f"/v1/webhooks/{made['id']}/test").json()
+    body = {"type": sent["event"], "timestamp": sent["created_at"], "data": sent["data"]}
+    WebhookTestBody.model_validate(body)
+    described = DOCUMENT["webhooks"][sent["event"]]["post"]["requestBody"]["content"]["application/json"]
+    assert described == {"schema": {"$ref": "#/components/schemas/WebhookTestBody"}}
+    for path in (path for path in DOCUMENT["paths"] if path.startswith("/v1/videos")):
+        for method, operation in DOCUMENT["paths"][path].items():
+            refusal = operation["responses"].get("422", {"description": ""})
+            assert "invalid-request" not in str(refusal), (method, path)
+            assert refusal["description"] != "Validation Error"
+    create = DOCUMENT["paths"]["/v1/videos"]["post"]
+    for kind in create["requestBody"]["content"]:
+        answer = client.post("/v1/videos", content=b"{", headers={"Content-Type": kind})
+        assert answer.status_code == 400, kind
+    assert len(create["requestBody"]["content"]) == 3
+    known = client_for(Scope.READ).headers["Authorization"]
+    for status, sent_key in (("401", "Bearer rk_wrong"), ("403", known)):
+        answer = client.post("/v1/videos", json={}, headers={"Authorization": sent_key})
+        assert answer.status_code == int(status)
+        assert {"RateLimit", "X-Request-Id"} & set(create["responses"][status]["headers"]) == {
+            name for name in ("RateLimit", "X-Request-Id") if name in answer.headers
+        }

@@ -7,6 +7,7 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
+from jobs.addresses import CallbackRefused
 from jobs.client import RedisClient
 from jobs.nodes import NodeRegistry
 from jobs.quality import PresetCard
@@ -184,6 +185,25 @@ def test_idempotency(client: httpx.Client, client_for: Callable[..., httpx.Clien
         answer = client.post("/v1/jobs", json={"prompt": PROMPT}, headers={"Idempotency-Key": bad})
         assert answer.status_code == 422
         assert answer.json()["errors"][0]["field"] == "idempotency-key"
+
+
+def test_a_repeat_is_not_checked_anew(
+    client: httpx.Client, redis: RedisClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a resolver that fails nor a service without models takes away a job that was accepted."""
+    headers = {"Idempotency-Key": "order-2"}
+    body = {"prompt": PROMPT, "callback_url": "https://1.1.1.1/hook"}
+    first = client.post("/v1/jobs", json=body, headers=headers)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise CallbackRefused("a name that resolves")
+
+    monkeypatch.setattr("api.submit.check_callback_url", refuse)
+    redis.execute_command("DEL", "reel:models")
+    assert client.post("/v1/jobs", json=body).status_code in (422, 503)
+    again = client.post("/v1/jobs", json=body, headers=headers)
+    assert (again.status_code, again.json()["id"]) == (202, first.json()["id"])
+    assert again.headers["idempotent-replayed"] == "true"
 
 
 def test_many_at_once_with_one_idempotency_key(client: httpx.Client) -> None:
