@@ -31,7 +31,7 @@ def redis_missing(settings: Settings) -> str | None:
         with closing(connect(settings, quick=True)) as client, guard():
             client.ping()
     except (StoreUnavailable, redis.RedisError, OSError) as error:
-        return f"Redis at {where} cannot be reached ({_short(error)}); check REEL_REDIS_URL"
+        return f"Redis at {where} cannot be reached ({_short(error.__cause__ or error)}); check REEL_REDIS_URL"
     return None
 
 
@@ -82,6 +82,6 @@ def wait_for(settings: Settings, role: str, *looks: Callable[[Settings], str | N
             time.sleep(LOOK_SECONDS)
 
 
-def _short(error: Exception) -> str:
+def _short(error: BaseException) -> str:
     """The error's text on one line."""
     return " ".join(str(error).split())[:300]

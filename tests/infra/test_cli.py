@@ -120,6 +120,7 @@ def test_parts_and_operators_say_in_one_line_what_cannot_be_reached(tmp_path: Pa
         "REEL_API_URL": f"http://127.0.0.1:{nobody}",
         "REEL_API_KEY": "rk_none",
         "REEL_REDIS_TIMEOUT": "1",
+        "REEL_START_SECONDS": "0",
     }
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "models_t5_tiny.pth").touch()
