@@ -31,7 +31,8 @@ def redis_missing(settings: Settings) -> str | None:
         with closing(connect(settings, quick=True)) as client, guard():
             client.ping()
     except (StoreUnavailable, redis.RedisError, OSError) as error:
-        return f"Redis at {where} cannot be reached ({_short(error.__cause__ or error)}); check REEL_REDIS_URL"
+        why = _short(error.__cause__ or error)
+        return f"Redis at {where} cannot be reached ({why}); check REEL_REDIS_URL"
     return None
 
 
