@@ -97,6 +97,7 @@ class Loop:
                 leads = self._lead.hold()
                 if leads != leading and not leads:
                     self._say("scaler: another one leads; standing by")
+                    self._metrics.stood_down()
                 leading = leads
                 if leads:
                     self.one_pass()

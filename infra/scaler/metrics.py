@@ -11,6 +11,7 @@ class ScalerMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._gauges: list[Gauge] = []
         self._desired = self._gauge("desired_nodes", "Nodes wanted by load alone.")
         self._target = self._gauge("target_nodes", "Nodes wanted within the limits.")
         self._machines = self._gauge("machines", "Machines by state.", "state")
@@ -24,7 +25,9 @@ class ScalerMetrics:
         self._errors = self._counter("errors", "Passes that could not be made, by model (queue: all).")
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(f"reel_scaler_{name}", text, ["model", *labels], registry=self.registry)
+        gauge = Gauge(f"reel_scaler_{name}", text, ["model", *labels], registry=self.registry)
+        self._gauges.append(gauge)
+        return gauge
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(f"reel_scaler_{name}_total", text, ["model"], registry=self.registry)
@@ -48,6 +51,11 @@ class ScalerMetrics:
         self._drained.labels(model).inc(len(decision.drain))
         self._removed.labels(model).inc(len(decision.remove))
         self._at.labels(model).set(done.seen.now)
+
+    def stood_down(self) -> None:
+        """Another scaler leads: what this one saw is no longer so."""
+        for gauge in self._gauges:
+            gauge.clear()
 
     def failed(self, what: str) -> None:
         """Count a pass that could not be made."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import generate_latest
 
 from infra.errors import CliError
 from infra.prometheus import exporter
@@ -198,6 +199,19 @@ def test_a_lead_that_ended_is_not_kept_by_taking_it_again(settings: Settings) ->
         time.sleep(0.15)
         assert not lead.write("reel:scaler:memory:tiny", "{}")
     assert client.execute_command("EXISTS", "reel:scaler:leader", "reel:scaler:memory:tiny") == 0
+
+
+def test_who_stands_by_says_nothing_of_what_it_saw_when_it_led(settings: Settings) -> None:
+    """Or an old pass would look like a stuck scaler, and old failures like today's."""
+    one = loop(settings, SlowCloud(), 60.0, [])
+    assert one.run(once=True) == 0
+    registry = one._metrics.registry
+    assert 'reel_scaler_pass_timestamp_seconds{model="tiny"}' in generate_latest(registry).decode()
+    assert Leadership(connect(settings), 60.0).hold()
+    assert one.run(once=True) == 0
+    said = generate_latest(registry).decode()
+    assert "reel_scaler_pass_timestamp_seconds{" not in said
+    assert 'reel_scaler_ordered_total{model="tiny"}' in said
 
 
 def test_only_one_of_many_gets_the_lead(settings: Settings) -> None:
