@@ -228,13 +228,17 @@ def _communication(spec: ModelSpec, mesh: Mesh, rows: int, dtype: torch.dtype, o
 
 def _positions(spec: ModelSpec) -> int:
     """The RoPE tables of whole sequences that every rank keeps."""
-    tokens = math.prod(largest(spec)[1]) // math.prod(spec.dit.patch_size)
-    return TABLES * tokens * spec.dit.head_dim * torch.float32.itemsize
+    return TABLES * _tokens(spec) * spec.dit.head_dim * torch.float32.itemsize
+
+
+def _tokens(spec: ModelSpec) -> int:
+    """Tokens of the largest request."""
+    return math.prod(largest(spec)[1]) // math.prod(spec.dit.patch_size)
 
 
 def local_tokens(spec: ModelSpec, mesh: Mesh) -> int:
     """Tokens of a rank in the largest request, padding included."""
-    return math.ceil(math.prod(largest(spec)[1]) // math.prod(spec.dit.patch_size) / mesh.ulysses)
+    return math.ceil(_tokens(spec) / mesh.ulysses)
 
 
 def _phases(

@@ -14,7 +14,7 @@ from redis.retry import Retry
 from jobs.errors import StoreUnavailable
 from jobs.settings import Settings
 
-QUICK_SECONDS = 2.0  # a quick client's longest wait for a connection, and for a reply
+QUICK_SECONDS = 2.0  # the longest wait, for a connection and for a reply, of quick clients of Redis and S3
 
 # Replies that mean "not now", not "wrong command": a replica after a failover, loading, out of memory, ...
 _NOT_NOW = (
@@ -111,6 +111,12 @@ def connect_async(settings: Settings) -> AsyncRedisClient:
     retry = AsyncRetry(ExponentialBackoff(cap=0.5, base=0.05), 2)
     client: Any = redis.asyncio.Redis.from_url(settings.redis_url, retry=retry, **_options(settings))
     return cast(AsyncRedisClient, client)
+
+
+def redis_now(client: RedisClient) -> float:
+    """Unix seconds by Redis' own clock: every host sees the same. Raises redis errors; use within `guard`."""
+    whole, micros = client.execute_command("TIME")
+    return int(whole) + int(micros) / 1e6
 
 
 def require_text(client: object) -> None:

@@ -5,7 +5,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from jobs.client import guard
+from jobs.client import guard, redis_now
 from jobs.job import Job, JobState
 from jobs.nodes import NodeRegistry
 from jobs.queries import JobReader
@@ -77,9 +77,9 @@ class Forecast:
     def _look(self, model: str) -> _View:
         with guard():
             redis = self._jobs.redis
-            whole, micros = redis.execute_command("TIME")
+            now = redis_now(redis)
             ids = redis.execute_command("ZRANGE", f"{PREFIX}leases:{model}", 0, RUNNING_LIMIT - 1)
-        now, moment = int(whole) + int(micros) / 1e6, time.monotonic()
+        moment = time.monotonic()
         running = {job.id: job for job in self._jobs.many(ids)}
         durations = self._timings.of(model)
         longest = 2 * self._jobs.settings.lease_seconds

@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from pydantic import BaseModel, Field, SecretStr
 
-from jobs.client import RedisClient, guard, require_text
+from jobs.client import RedisClient, guard, redis_now, require_text
 from jobs.job import new_id
 from jobs.scripts import PREFIX, source
 from jobs.vault import OVERLAP_SECONDS, Sealed, Vault, new_webhook_secret
@@ -118,8 +118,7 @@ class KeyStore:
         record = self._must(key_id)
         plain = _new_plain()
         with guard():
-            whole, micros = self.redis.execute_command("TIME")
-        now = int(whole) + int(micros) / 1e6
+            now = redis_now(self.redis)
         fresh = record.model_copy(update={"hash": self._hash(plain)})
         self._save(fresh, {fresh.hash: 0.0, record.hash: now + overlap_seconds})
         return plain

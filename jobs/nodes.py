@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from jobs.client import RedisClient, guard, require_text
+from jobs.client import RedisClient, guard, redis_now, require_text
 from jobs.job import ModelCard, jsonable
 from jobs.scripts import PREFIX
 
@@ -57,7 +57,7 @@ class NodeRegistry:
     def register(self, node: NodeInfo) -> NodeInfo:
         """Announce a node, or announce it again; its times are set here."""
         with guard():
-            now = self._now()
+            now = redis_now(self.redis)
         node = node.model_copy(update={"started_at": node.started_at or now, "seen_at": now})
         self._write(node)
         return node
@@ -71,7 +71,7 @@ class NodeRegistry:
         if node is None:
             return False
         with guard():
-            now = self._now()
+            now = redis_now(self.redis)
         fields = {**node.model_dump(), "state": state, "job_id": job_id, "seen_at": now, **changes}
         self._write(NodeInfo.model_validate(fields))
         return True
@@ -134,10 +134,6 @@ class NodeRegistry:
         with guard():
             texts = self.redis.execute_command("HVALS", MODELS)
         return sorted((ModelCard.model_validate_json(text) for text in texts), key=lambda card: card.name)
-
-    def _now(self) -> float:
-        whole, micros = self.redis.execute_command("TIME")
-        return int(whole) + int(micros) / 1e6
 
     def _write(self, node: NodeInfo) -> None:
         with guard():

@@ -13,6 +13,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from jobs.client import QUICK_SECONDS
 from jobs.errors import StorageRefused, StorageUnavailable
 from jobs.settings import Settings
 
@@ -23,7 +24,6 @@ PART_BYTES = 16 * 2**20  # multipart above this; S3's smallest part is 5 MiB
 MISSING = frozenset({"404", "NoSuchKey", "NotFound", "NoSuchBucket"})
 REFUSED = frozenset({"AccessDenied", "NotImplemented", "MethodNotAllowed"})
 REFUSED_STATUS = frozenset({403, 405, 501})
-QUICK_SECONDS = 2.0  # a quick store's longest wait for a connection, and for an answer
 
 
 @dataclass(frozen=True)

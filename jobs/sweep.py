@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 
-from jobs.client import RedisClient, guard
+from jobs.client import RedisClient, guard, redis_now
 from jobs.scripts import PREFIX, Scripts
 
 TRIMMED = 1000  # entries that leave the webhooks' dead letter in one sweep, at most
@@ -71,5 +71,5 @@ class Sweeper:
 def garbage_later(redis: RedisClient, job_id: str) -> None:
     """A removed job whose files can't be removed now: the others of `JobStore.garbage` go first."""
     with guard():
-        now = int(redis.execute_command("TIME")[0])
+        now = int(redis_now(redis))
         redis.execute_command("ZADD", f"{PREFIX}garbage", "XX", now, job_id)

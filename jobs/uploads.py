@@ -1,6 +1,6 @@
 """Which input images are stored, and until when: the sweeper removes what nobody needs any more."""
 
-from jobs.client import RedisClient, guard
+from jobs.client import RedisClient, guard, redis_now
 from jobs.job import new_id
 from jobs.scripts import PREFIX, Scripts
 from jobs.settings import Settings
@@ -31,7 +31,7 @@ class UploadIndex:
     def add(self, key: str) -> None:
         """Remember an image; do so before uploading it, so that none can be forgotten."""
         with guard():
-            now = int(self._redis.execute_command("TIME")[0])
+            now = int(redis_now(self._redis))
             self._redis.execute_command("ZADD", UPLOADS, now + self._seconds, key)
 
     def known(self, key: str) -> bool:
@@ -46,7 +46,7 @@ class UploadIndex:
     def later(self, key: str) -> None:
         """An image that storage doesn't give up now is due again after LATER_SECONDS."""
         with guard():
-            now = int(self._redis.execute_command("TIME")[0])
+            now = int(redis_now(self._redis))
             self._redis.execute_command("ZADD", UPLOADS, "XX", now + LATER_SECONDS, key)
 
     def done(self, key: str) -> None:

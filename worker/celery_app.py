@@ -39,9 +39,8 @@ VISIBILITY_SECONDS = 120  # an unacknowledged message comes back after this; abo
 DISPATCH_SECONDS = 1.0  # how often due deliveries are looked for
 DELIVER_SECONDS = 30.0  # how long one message's sender goes on before it makes room for another task
 CLEAN_SECONDS = 60.0
-EXPIRE_SECONDS = (
-    600.0  # of messages, by the sender's clock, read by another machine's: clocks may be minutes off
-)
+# Of messages, by the sender's clock, read by another machine's: clocks may be minutes off.
+EXPIRE_SECONDS = 600.0
 THREADS = 16
 SENDERS = 13  # of them deliver at once, so that hanging receivers (15 s each) can't keep the sweep waiting
 LOOK = 64  # due deliveries that a sender chooses from; senders that all took the first would collide

@@ -9,10 +9,8 @@ from worker.drain import Drain
 from worker.lease import Lease
 
 FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0  # seconds between tries of an upload or a download
-FIRST_REST, LONGEST_REST = (
-    1.0,
-    30.0,
-)  # seconds without a claim after an attempt that failed on this node's side
+# Seconds without a claim after an attempt that failed on this node's side.
+FIRST_REST, LONGEST_REST = 1.0, 30.0
 
 
 class Stopped(Exception):

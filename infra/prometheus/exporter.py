@@ -15,7 +15,7 @@ from prometheus_client import start_http_server
 from infra.errors import CliError
 from infra.prometheus.families import JobMetrics
 from infra.scaler.observe import gpu_seconds
-from jobs.client import connect, guard
+from jobs.client import connect, guard, redis_now
 from jobs.errors import JobNotFound, StoreUnavailable
 from jobs.job import Job, JobState, Phase
 from jobs.nodes import NodeInfo, NodeRegistry
@@ -47,8 +47,7 @@ class Exporter:
     def look(self) -> None:
         """Count what ended since the last look; show what is now. Raises StoreUnavailable."""
         with guard():
-            whole, micros = self._redis.execute_command("TIME")
-        now = int(whole) + int(micros) / 1e6
+            now = redis_now(self._redis)
         if self._since is None:
             self._since = (now, "")
         for job_id, ended in self._ended():
