@@ -15,10 +15,24 @@ from benchmarks._verify import sampled_error
 from kernels.attention import BACKENDS, Choice, probe
 from kernels.attention_8bit import choice as eight
 
+WIDE = {"num_threads": 512}  # three warp groups of 64 queries
+IN_TURN = WIDE | {"mma_pv_is_rs": True, "intra_wg_overlap": False}  # a group's products, then its softmax
 SELF_ATTENTION: list[Choice] = [
-    ("flash4", {"tile_mn": [192, 128], "mma_pv_is_rs": False, "num_threads": 512}),
-    ("flash4", {"tile_mn": [192, 128], "mma_pv_is_rs": False, "num_threads": 512, "lazy_rescale": True}),
-    ("flash4", {"lazy_rescale": True}),
+    ("flash4", WIDE | {"tile_mn": [192, 128], "mma_pv_is_rs": False}),
+    *(
+        ("flash4", options | {"softmax": softmax})
+        for softmax in ("lazy", "settled")
+        for options in (
+            WIDE | {"tile_mn": [192, 128], "mma_pv_is_rs": False},
+            IN_TURN | {"tile_mn": [192, 128]},
+            WIDE | {"tile_mn": [192, 80]},
+            {},
+        )
+    ),
+    ("flash4", IN_TURN | {"tile_mn": [192, 112], "softmax": "settled", "stages": 3}),
+    ("flash4", IN_TURN | {"tile_mn": [192, 96], "softmax": "settled", "stages": 3}),
+    ("flash4", WIDE | {"tile_mn": [192, 80], "softmax": "settled", "stages": 4}),
+    ("flash4", WIDE | {"tile_mn": [192, 64], "softmax": "settled", "stages": 4}),
     ("flash4", {}),
     ("cudnn", {}),
     ("flash2", {}),

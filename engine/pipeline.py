@@ -6,6 +6,7 @@ Shapes: T text tokens, E text width, C latent channels, F H W latent frames, row
 is (conditional, unconditional).
 """
 
+import logging
 from pathlib import Path
 
 import torch
@@ -38,6 +39,9 @@ from engine.requests import check
 from engine.sampler import TRAIN_TIMESTEPS, make_schedule, make_solver
 from engine.tracker import Tracker
 from engine.vae import VAE
+from kernels.attention.settled import settled
+
+log = logging.getLogger(__name__)
 
 
 class Pipeline:
@@ -90,9 +94,7 @@ class Pipeline:
                     image = make_conditioning(request, self.spec, self.vae, self.mesh.space)
                 preset = self.preset(request)
                 with tracker.phase("denoising"), self.eight.using(preset):
-                    noise_CFHW = self.noise(request, image.size)
-                    cache = make_cache(self, preset, request.sampling_steps)
-                    latents_CFHW = self.denoise(request, text_2TE, noise_CFHW, image, tracker, cache)
+                    latents_CFHW, cache = self.latents(request, preset, text_2TE, image, tracker)
                 if latents_out is not None and self.mesh.rank == 0:
                     save_file({"latents": latents_CFHW.float().cpu().contiguous()}, latents_out)
                 with tracker.phase("decoding"):
@@ -133,6 +135,30 @@ class Pipeline:
         generator = torch.Generator(request.noise_device).manual_seed(request.seed)
         noise = torch.randn(shape, generator=generator, device=request.noise_device, dtype=torch.float32)
         return noise.to(self.device)
+
+    def latents(
+        self,
+        request: GenerationRequest,
+        preset: Preset | None,
+        text_2TE: Tensor,
+        image: Conditioning,
+        tracker: Tracker,
+    ) -> tuple[Tensor, StepCache | None]:
+        """Clean latents [C, F, H, W], and the cache that they were made with.
+
+        Where they aren't finite they are made once more, with attention that can't have them so.
+        """
+        noise_CFHW = self.noise(request, image.size)
+        while True:
+            cache = make_cache(self, preset, request.sampling_steps)
+            latents_CFHW = self.denoise(request, text_2TE, noise_CFHW, image, tracker, cache)
+            finite = self.mesh.agree(bool(latents_CFHW.isfinite().all()))
+            if finite or not settled.give_up():
+                break
+            log.warning("the latents aren't finite: denoising again, with each row's maximum in attention")
+        if not finite:
+            settled.trust()  # they aren't without it either
+        return latents_CFHW, cache
 
     def denoise(
         self,

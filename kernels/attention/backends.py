@@ -7,9 +7,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kernels.attention.settled import settled
 
 Backend = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
 
@@ -39,16 +42,19 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
 def flash4(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
     """flash-attn-4 (Hopper, Blackwell), with the tile that the tuning table names, else its own.
 
-    The option `lazy_rescale` leaves out products by 1 (`kernels.attention.flash4_rescale`).
+    The option `softmax` names a cheaper one ("lazy" or "settled", `kernels.attention.flash4_softmax`),
+    `stages` the depth of the ring of key and value tiles.
     """
     from flash_attn.cute.interface import _flash_attn_fwd
 
     extra = dict(options)
-    lazy = extra.pop("lazy_rescale", False)
-    if lazy or "kernels.attention.flash4_rescale" in sys.modules:
-        from kernels.attention import flash4_rescale
+    kind, stages = extra.pop("softmax", "own"), extra.pop("stages", 2)
+    if kind == "settled" and not (q.dtype is torch.bfloat16 and settled.ask()):
+        kind = "lazy"
+    if (kind, stages) != ("own", 2) or "kernels.attention.flash4_softmax" in sys.modules:
+        from kernels.attention import flash4_softmax
 
-        flash4_rescale.use(lazy)
+        flash4_softmax.use(kind, stages)
     if "tile_mn" in extra:
         extra["tile_mn"] = tuple(extra["tile_mn"])
     out: Tensor = _flash_attn_fwd(q, k, v, **extra)[0]

@@ -11,6 +11,8 @@ from engine.dit import DiT
 from engine.errors import OutOfMemory, RequestError
 from engine.pipeline import Pipeline, to_uint8
 from engine.requests import resolve
+from kernels.attention import settled as switch
+from kernels.attention.settled import Settled
 from tests.engine.sinks import Frames
 
 
@@ -191,3 +193,37 @@ def test_pixels_are_clamped_and_rounded() -> None:
     # -1 -> 0, 1 -> 255, 0 -> 127.5 -> 128 (to even), beyond is cut
     frames = torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0]).view(1, 1, 1, 5).expand(3, 1, 1, 5)
     assert to_uint8(frames)[0, 0, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+@pytest.mark.parametrize("fault", ["attention", "something else"])
+def test_latents_that_are_not_finite_are_made_once_more_with_another_attention(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """As a GPU's attention would: one score out of proportion makes its row NaN."""
+    settled = Settled()
+    monkeypatch.setattr("engine.pipeline.settled", settled)
+    right = pipeline.sequence.attend
+    asked: list[bool] = []
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        asked.append(settled.ask())
+        broken = asked[-1] or fault != "attention"
+        return right(q, k, v) * (float("nan") if broken else 1.0)
+
+    def video() -> np.ndarray:
+        sink = Frames()
+        pipeline.generate(resolve(pipeline.spec, "a cat", frame_num=1, sampling_steps=2, seed=3), sink)
+        return sink.video
+
+    want = video()
+    monkeypatch.setattr(pipeline.sequence, "attend", attend)
+    got = video()
+    half = len(asked) // 2
+    assert asked == [True] * half + [False] * half
+    assert settled.allowed == (fault != "attention")
+    if fault == "attention":
+        assert np.array_equal(got, want)
+        asked.clear()
+        assert np.array_equal(video(), want)
+        assert asked == [False] * half, "it is done without from then on"
+    assert switch.settled is not settled
