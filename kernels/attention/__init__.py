@@ -16,6 +16,7 @@ from torch import Tensor
 from kernels import tables
 from kernels.attention import reference
 from kernels.attention.backends import BACKENDS
+from kernels.attention.waves import Tile, pick
 
 __all__ = ["Choice", "attention", "choice", "choose", "probe"]
 
@@ -66,6 +67,22 @@ def candidates(kind: str, head: int, device: torch.device) -> list[Choice]:
 
 
 @lru_cache(maxsize=32)
+def _tiles(kind: str, dtype: torch.dtype, head: int, device: torch.device) -> tuple[Tile, ...]:
+    tuned = tables.setting("attention", f"{kind} {head}", device, {})
+    on = {"heads": tuned.get("heads", 1), "queries": tuned.get("queries", 1)}
+    tiles = (Tile(one["options"], one["ms"], **on) for one in tuned.get("tiles", ()))
+    return tuple(tile for tile in tiles if _works((tuned["backend"], tile.options), dtype, head, device))
+
+
+def tiles_of(
+    chosen: Choice, kind: str, dtype: torch.dtype, head: int, device: torch.device
+) -> tuple[Tile, ...]:
+    """The table's tiles of the backend that was chosen, as far as they pass the probe; () for another's."""
+    first = candidates(kind, head, device)[0]
+    return _tiles(kind, dtype, head, device) if device.type == "cuda" and chosen == first else ()
+
+
+@lru_cache(maxsize=32)
 def choice(kind: str, dtype: torch.dtype, head: int, device: torch.device) -> Choice:
     """The first backend and options that pass the probe for `kind` of attention. Cached."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
@@ -78,10 +95,16 @@ def choice(kind: str, dtype: torch.dtype, head: int, device: torch.device) -> Ch
 
 
 def choose(kind: str, dtype: torch.dtype, head: int, device: torch.device) -> Attend:
-    """The chosen backend for `kind` ("self" or "cross") of attention, ready to call."""
+    """The chosen backend for `kind` ("self" or "cross") of attention, ready to call.
+
+    Where the table knows several tiles of it, each call takes the one that suits its shape.
+    """
     name, options = choice(kind, dtype, head, device)
-    backend = BACKENDS[name]
-    return lambda q, k, v: backend(q, k, v, options)
+    backend, tiles = BACKENDS[name], tiles_of((name, options), kind, dtype, head, device)
+    if len(tiles) < 2:
+        return lambda q, k, v: backend(q, k, v, options)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return lambda q, k, v: backend(q, k, v, pick(tiles, q.shape[0] * q.shape[2], q.shape[1], processors))
 
 
 def attention(q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, kind: str = "self") -> Tensor:

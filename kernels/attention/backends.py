@@ -42,19 +42,18 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
 def flash4(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
     """flash-attn-4 (Hopper, Blackwell), with the tile that the tuning table names, else its own.
 
-    The option `softmax` names a cheaper one ("lazy" or "settled", `kernels.attention.flash4_softmax`),
-    `stages` the depth of the ring of key and value tiles.
+    The option `softmax` names a cheaper one: "lazy" or "settled" (`kernels.attention.flash4_softmax`).
     """
     from flash_attn.cute.interface import _flash_attn_fwd
 
     extra = dict(options)
-    kind, stages = extra.pop("softmax", "own"), extra.pop("stages", 2)
+    kind = extra.pop("softmax", "own")
     if kind == "settled" and not (q.dtype is torch.bfloat16 and settled.ask()):
         kind = "lazy"
-    if (kind, stages) != ("own", 2) or "kernels.attention.flash4_softmax" in sys.modules:
+    if kind != "own" or "kernels.attention.flash4_softmax" in sys.modules:
         from kernels.attention import flash4_softmax
 
-        flash4_softmax.use(kind, stages)
+        flash4_softmax.use(kind)
     if "tile_mn" in extra:
         extra["tile_mn"] = tuple(extra["tile_mn"])
     out: Tensor = _flash_attn_fwd(q, k, v, **extra)[0]

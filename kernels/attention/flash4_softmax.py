@@ -21,7 +21,7 @@ import operator
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32
-from flash_attn.cute import flash_fwd_sm90, interface, softmax, utils
+from flash_attn.cute import interface, softmax, utils
 from flash_attn.cute.cache_utils import JITCache
 from quack import layout_utils
 
@@ -103,17 +103,11 @@ _KINDS = {
     "lazy": (_own.online_softmax, _rescale, _own.finalize),
     "settled": (_settled_softmax, _rescale, _settled_finalize),
 }
-_Kernel = flash_fwd_sm90.FlashAttentionForwardSm90
-# Compiled kernels, kept apart: the library's keys know neither the kind nor the stages.
-_caches = {("own", 2): interface._flash_attn_fwd.compile_cache}
+# Compiled kernels of each kind, kept apart: the library's keys don't know which softmax was traced.
+_caches = {"own": interface._flash_attn_fwd.compile_cache, "lazy": JITCache(), "settled": JITCache()}
 
 
-def use(kind: str, stages: int = 2) -> None:
-    """Call (and compile, where needed) the kernel of this kind, with a ring of that many K and V tiles."""
+def use(kind: str) -> None:
+    """Call (and compile, where needed) the kernel with this kind of softmax from now on."""
     _own.online_softmax, _own.rescale_O, _own.finalize = _KINDS[kind]
-
-    def kernel(*args, num_stages, **kwargs):
-        return _Kernel(*args, num_stages=stages, **kwargs)
-
-    interface.FlashAttentionForwardSm90 = kernel
-    interface._flash_attn_fwd.compile_cache = _caches.setdefault((kind, stages), JITCache())
+    interface._flash_attn_fwd.compile_cache = _caches[kind]

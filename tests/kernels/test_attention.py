@@ -2,15 +2,17 @@
 
 import logging
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import attention
+from benchmarks._tune_attention import attention_entry
+from kernels import attention, tables
 from kernels.attention import backends, reference
 from kernels.attention.settled import Settled
+from kernels.attention.waves import Tile, pick
 from tests.kernels.check import relative_error
 from tests.kernels.scores import growing, jumping
 
@@ -91,16 +93,86 @@ def test_only_bf16_takes_a_settled_maximum(
     dtype: torch.dtype, allowed: bool, monkeypatch: pytest.MonkeyPatch
 ):
     """P of 2^-32 is nothing in fp16."""
-    used: list[tuple[str, int]] = []
+    used: list[str] = []
     library = ModuleType("flash_attn.cute.interface")
     library._flash_attn_fwd = lambda q, k, v, **options: (options,)  # type: ignore[attr-defined]
     patch = ModuleType("kernels.attention.flash4_softmax")
-    patch.use = lambda kind, stages: used.append((kind, stages))  # type: ignore[attr-defined]
+    patch.use = used.append  # type: ignore[attr-defined]
     for module in (ModuleType("flash_attn"), ModuleType("flash_attn.cute"), library, patch):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(attention, "flash4_softmax", patch, raising=False)
     monkeypatch.setattr(backends, "settled", Settled(allowed=allowed))
     q = torch.zeros(1, 8, 1, 16, dtype=dtype)
-    options = {"tile_mn": [192, 80], "softmax": "settled", "stages": 4}
+    options = {"tile_mn": [192, 80], "softmax": "settled"}
     assert backends.flash4(q, q, q, options) == {"tile_mn": (192, 80)}
-    assert used == [("settled" if allowed and dtype is torch.bfloat16 else "lazy", 4)]
+    assert used == ["settled" if allowed and dtype is torch.bfloat16 else "lazy"]
+
+
+HIGH = Tile({"tile_mn": [192, 80]}, 18.5, heads=5, queries=75600)
+USUAL = Tile({}, 20.3, heads=5, queries=75600)
+
+
+@pytest.mark.parametrize(
+    ("heads", "queries", "best"),
+    [
+        (5, 75600, HIGH),  # A14B at 720p, a share of 8: 14.9 waves of 132
+        (40, 75600, HIGH),
+        (3, 27280, USUAL),  # 5B: 3.25 waves that take 4, against 4.9
+        (1, 132 * 128, USUAL),  # one full wave
+        (1, 132 * 192, HIGH),
+        (2, 100, USUAL),
+    ],
+)
+def test_the_tile_whose_last_wave_is_fullest(heads: int, queries: int, best: Tile):
+    assert pick((HIGH, USUAL), heads, queries, 132) == best.options
+
+
+def test_each_call_takes_the_tile_of_its_shape(monkeypatch: pytest.MonkeyPatch):
+    taken: list[dict[str, object]] = []
+    device = torch.device("cpu")
+
+    def backend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, object]
+    ) -> torch.Tensor:
+        taken.append(options)
+        return q
+
+    monkeypatch.setitem(backends.BACKENDS, "sdpa", backend)
+    monkeypatch.setattr(attention, "tiles_of", lambda *of: (HIGH, USUAL))
+    card = SimpleNamespace(multi_processor_count=2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    attend = attention.choose("self", torch.bfloat16, 8, device)
+    for batch, length in ((1, 192), (2, 192), (1, 128), (2, 128)):
+        q = torch.zeros(batch, length, 2, 8, dtype=torch.bfloat16)
+        attend(q, q, q)
+    assert taken == [HIGH.options, HIGH.options, USUAL.options, USUAL.options]
+
+
+def test_a_gpus_tiles_are_those_that_pass_the_probe(monkeypatch: pytest.MonkeyPatch):
+    device = torch.device("cuda", 0)
+    good, bad = {"tile_mn": [192, 80]}, {"tile_mn": [64, 64]}
+    entry = {"backend": "flash4", "options": good, "ms": 2.0, "heads": 2, "queries": 9}
+    entry["tiles"] = [{"options": good, "ms": 2.0}, {"options": bad, "ms": 1.0}]
+    monkeypatch.setattr(tables, "setting", lambda op, key, device, default: entry)
+    monkeypatch.setattr(attention, "_works", lambda choice, *rest: choice[1] is not bad)
+    attention._tiles.cache_clear()
+    try:
+        found = attention.tiles_of(("flash4", good), "self", torch.bfloat16, 128, device)
+        assert [(t.options, t.ms, t.heads, t.queries) for t in found] == [(good, 2.0, 2, 9)]
+        assert attention.tiles_of(("cudnn", {}), "self", torch.bfloat16, 128, device) == ()
+    finally:
+        attention._tiles.cache_clear()
+
+
+def test_the_tuner_keeps_the_fastest_of_each_height():
+    def timed(options: dict[str, object], ms: float, backend: str = "flash4") -> dict[str, object]:
+        return {"backend": backend, "options": options, "ms": ms}
+
+    wide, narrow = {"tile_mn": [192, 80]}, {"tile_mn": [128, 176]}
+    rows = [timed({}, 5.0), timed(wide, 3.0), timed({"tile_mn": [192, 64]}, 4.0), timed(narrow, 4.5)]
+    entry = attention_entry([*rows, timed({}, 9.0, "cudnn")], heads=5, queries=100)
+    assert (entry["backend"], entry["options"], entry["ms"]) == ("flash4", wide, 3.0)
+    assert entry["tiles"] == [{"options": wide, "ms": 3.0}, {"options": narrow, "ms": 4.5}]
+    assert (entry["heads"], entry["queries"], len(entry["others"])) == (5, 100, 5)
+    other = attention_entry([timed({}, 1.0, "cudnn"), *rows], heads=5, queries=100)
+    assert "tiles" not in other, "a library's one kernel"
