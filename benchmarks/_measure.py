@@ -97,10 +97,10 @@ def profile_kernels(step: Step, repetitions: int = 5) -> dict[str, float]:
     return {name: ms for name, ms in sorted(times.items(), key=lambda item: -item[1]) if ms > 0}
 
 
-def profile(step: Step) -> dict[str, float]:
+def profile(step: Step, repetitions: int = 5) -> dict[str, float]:
     """Milliseconds of one repetition by kind of kernel."""
     parts: dict[str, float] = {}
-    for kernel, ms in profile_kernels(step).items():
+    for kernel, ms in profile_kernels(step, repetitions).items():
         parts[kind_of(kernel)] = parts.get(kind_of(kernel), 0.0) + ms
     return parts
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks._expected import repetitions
 from benchmarks._measure import Sampler, profile
 
 
@@ -82,7 +83,7 @@ def together(
         clock_mhz=clock,
         power_w=power,
         peak_gib=torch.cuda.max_memory_allocated(device) / 2**30 if cuda else math.nan,
-        parts=profile(step) if cuda and parts else {},
+        parts=profile(step, repetitions(once)) if cuda and parts else {},
     )
 
 

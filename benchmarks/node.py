@@ -17,6 +17,7 @@ makes steps and videos by a preset. `--device cpu` rehearses everything on tiny 
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ import torch.distributed as dist
 
 from benchmarks import _node_parts as parts
 from benchmarks._book import Book
+from benchmarks._expected import OFFICIAL, step_seconds, sustained_seconds, warm_up_seconds
 from benchmarks._ranks import join_ranks, start_ranks, started
 from engine.presets import LOSSLESS
 from engine.specs import parse_size
@@ -76,12 +78,21 @@ class Run:
             self.part("parity", 60, lambda: parts.parity(node, several, 4, 2 * stride + 1, short))
         steps = parts.Steps(node, self.size, arguments.frame_num)
         seconds = arguments.seconds
+        tokens = math.prod(steps.grid(node.pipeline.high))
+        once = step_seconds(node.shape.dit, tokens, node.world)  # expected, on all ranks
         with torch.inference_mode():
             if "official" in arguments.parts:
-                self.part("official", 30 + 4 * seconds, lambda: parts.time_official(node, steps, seconds))
+                takes = sum(
+                    once + sustained_seconds(times * once, seconds, profiled=False)
+                    for times in OFFICIAL.values()
+                )
+                self.part("official", 10 + takes, lambda: parts.time_official(node, steps, seconds))
             for layout in self.layouts if "steps" in arguments.parts else ():
                 work = lambda: parts.time_steps(node, steps, layout, seconds, arguments.quality)  # noqa: E731, B023
-                self.part(f"steps {layout}", 20 + 4 * seconds, work)
+                takes = sustained_seconds(once, seconds) + sustained_seconds(
+                    once, seconds / 2, profiled=False
+                )
+                self.part(f"steps {layout}", 10 + len(steps.experts()) * takes, work)
         for layout in self.layouts if "videos" in arguments.parts else ():
             self.videos(layout)
         if dist.get_rank() == 0:
@@ -94,8 +105,9 @@ class Run:
         names = [f"video {layout} {number}" for number in range(self.arguments.videos)]
         if all(name in self.book.data for name in names):
             return
+        expected = warm_up_seconds(self.node.pipeline, self.node.shape.dit, self.node.world)
+        self.part(f"warm-up {layout}", expected, lambda: self._warm(layout))
         guess = self.guess(layout)
-        self.part(f"warm-up {layout}", guess / 10, lambda: self._warm(layout))
         for number, name in enumerate(names):
             request = self.node.request(
                 self.size, self.book.data["sampling_steps"], number,

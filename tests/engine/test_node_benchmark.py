@@ -15,6 +15,7 @@ import torch.distributed as dist
 from benchmarks import _node_parts as parts
 from benchmarks import cold_start, node
 from benchmarks._book import Book
+from benchmarks._expected import step_seconds, sustained_seconds, warm_up_seconds
 from benchmarks._official_step import OfficialStep
 from benchmarks._verify import WrongResult, relative_error
 from engine.attention import sdpa
@@ -152,3 +153,17 @@ def test_prompts_have_the_asked_length() -> None:
     assert node.default_layouts(2) == ["2x1", "1x2"]
     assert node.default_layouts(3) == ["1x3"]
     assert node.default_layouts(1) == ["1x1"]
+
+
+def test_what_a_part_will_take_is_near_what_it_took_on_a_gpu(alone: parts.Node) -> None:
+    """One H200, two figures of docs/log.md: the 480p steps of both experts, 97 s, and a step of 720p."""
+    config = parts.FULL["A14B"].dit
+    small = step_seconds(config, 21 * 30 * 52, gpus=1)
+    assert small == pytest.approx(4.758, rel=0.2)
+    assert step_seconds(config, 21 * 45 * 80, gpus=1) == pytest.approx(18.0, rel=0.2)
+    took = sustained_seconds(4.758, 4.0, profiled=False) + 5 * 4.758  # a profile was of 5 steps then
+    assert 2 * took == pytest.approx(97, rel=0.1)
+    assert 8 * step_seconds(config, 75600, gpus=8) == pytest.approx(step_seconds(config, 75600, gpus=1))
+    tokens = [5 * 3 * 3, 3 * 3]  # of the rehearsal's two sizes, at 3 latent frames
+    steps = sum(2 * step_seconds(alone.shape.dit, one, gpus=1) for one in tokens)
+    assert warm_up_seconds(alone.pipeline, alone.shape.dit, gpus=1) == pytest.approx(20 + steps, rel=1e-12)
