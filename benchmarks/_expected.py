@@ -6,7 +6,7 @@ from engine.config import DiTConfig
 from engine.pipeline import Pipeline
 from engine.warmup import served_sizes
 
-RATE = 650e12  # FLOP/s of a whole step on one H100 or H200; an A14B step of 1280x720x81 measured 720e12
+RATE = 650e12  # FLOP/s of a whole step; an H200 measured 690e12 in 1280x720x81 of A14B, 700e12 in 832x480x81
 OFFICIAL = {"FlashAttention-2": 2.2, "cuDNN": 1.7}  # times our step, and some more
 PROFILED_ONCE = 1.0  # seconds from which a step is profiled once, not five times
 

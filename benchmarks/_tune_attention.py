@@ -54,12 +54,15 @@ def randn(*shape: int) -> Tensor:
 def tune_attention(quick: bool) -> dict[str, Any]:
     """The fastest right backend for self- and cross-attention at head dimension 128."""
     device, entries = torch.device("cuda"), {}
+    hopper = torch.cuda.get_device_capability()[0] == 9  # another's kernel has a softmax of its own
     length = 9450 if quick else 75600
     cases = {"self 128": (SELF_ATTENTION, length, length, 5), "cross 128": (CROSS_ATTENTION, 9450, 512, 40)}
     for key, (choices, queries, keys, heads) in cases.items():
         q, (k, v) = randn(1, queries, heads, 128).bfloat16(), randn(2, 1, keys, heads, 128).bfloat16()
         timed = []
         for name, options in choices:
+            if "softmax" in options and not hopper:
+                continue
             try:
                 if not probe((name, options), torch.bfloat16, 128, device) < 1e-2:
                     continue

@@ -149,15 +149,19 @@ class Pipeline:
         Where they aren't finite they are made once more, with attention that can't have them so.
         """
         noise_CFHW = self.noise(request, image.size)
-        while True:
+        settled.begin()
+        for again in (False, True):
             cache = make_cache(self, preset, request.sampling_steps)
             latents_CFHW = self.denoise(request, text_2TE, noise_CFHW, image, tracker, cache)
-            finite = self.mesh.agree(bool(latents_CFHW.isfinite().all()))
-            if finite or not settled.give_up():
+            if self.mesh.agree(bool(latents_CFHW.isfinite().all())):
                 break
-            log.warning("the latents aren't finite: denoising again, with each row's maximum in attention")
-        if not finite:
-            settled.trust()  # they aren't without it either
+            if again:
+                settled.trust()  # they aren't finite without it either
+            elif not self.mesh.anyone(settled.suspect):
+                break
+            else:
+                settled.forbid()
+                log.warning("the latents aren't finite: denoising again, with the library's softmax")
         return latents_CFHW, cache
 
     def denoise(

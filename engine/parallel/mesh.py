@@ -148,6 +148,14 @@ class Mesh:
         """Rank 0's flag, on every rank."""
         return bool(self.share(int(flag)))
 
+    def anyone(self, flag: bool) -> bool:
+        """Whether any rank's flag is set, on every rank."""
+        if self.control is None:
+            return flag
+        box = torch.tensor([int(flag)])
+        dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(box.item())
+
     def share(self, number: int) -> int:
         """Rank 0's number, on every rank."""
         if self.control is None:

@@ -5,6 +5,7 @@ Shapes: B batch, L query tokens, T key tokens, H heads, K head dimension.
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -50,13 +51,15 @@ def flash4(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
     kind = extra.pop("softmax", "own")
     if kind == "settled" and not (q.dtype is torch.bfloat16 and settled.ask()):
         kind = "lazy"
+    if "tile_mn" in extra:
+        extra["tile_mn"] = tuple(extra["tile_mn"])
+    softmax: AbstractContextManager[None] = nullcontext()
     if kind != "own" or "kernels.attention.flash4_softmax" in sys.modules:
         from kernels.attention import flash4_softmax
 
-        flash4_softmax.use(kind)
-    if "tile_mn" in extra:
-        extra["tile_mn"] = tuple(extra["tile_mn"])
-    out: Tensor = _flash_attn_fwd(q, k, v, **extra)[0]
+        softmax = flash4_softmax.using(kind)
+    with softmax:
+        out: Tensor = _flash_attn_fwd(q, k, v, **extra)[0]
     return out
 
 

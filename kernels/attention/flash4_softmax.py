@@ -10,13 +10,16 @@ sequence the maximum soon stops moving, so nearly all those products are by exac
 - "settled" doesn't look for the maximum any more either. Softmax is the same whatever is subtracted from a
   row's scores, as long as nothing leaves fp32's and bf16's range, so a row takes the maximum of its first
   block of keys (less BIAS, as there is more room above than below), and a new one only where its sum has
-  grown past 1. One number may be subtracted for all after FlashDecoding++ (arXiv:2311.01282). A score that
-  is e^69 times all scores of its row before it together is beyond that range: the row is NaN then, never a
+  grown past 1. One number may be subtracted for all after FlashDecoding++ (arXiv:2311.01282). A block whose
+  e^score are e^60 times all of the row's before them is beyond that range: the row is NaN then, never a
   wrong number, and `kernels.attention.settled` says what to do. For bf16 alone: fp16 has no such range.
 """
 
 import math
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
 
 import cutlass
 import cutlass.cute as cute
@@ -71,7 +74,10 @@ def _settled_softmax(
                 # The row's four lanes must agree: each holds some of its scores, but sums of all in acc_O.
                 top = cute.arch.warp_reduction_max(row_sum[r], threads_in_group=4)
                 shift = cute.math.log2(top, fastmath=True) + BIAS if top > LIMIT else Float32(0.0)
-                row_scale[r] = cute.math.exp2(-shift, fastmath=True)
+                # Beyond it exp2 is 0: all so far would be forgotten and the blocks to come pass for the row.
+                row_scale[r] = (
+                    cute.math.exp2(-shift, fastmath=True) if top < LARGEST_SUM else Float32(math.nan)
+                )
                 row_sum[r] = row_sum[r] * row_scale[r]
                 row_max[r] = row_max[r] + shift / scale_log2
     for r in cutlass.range(cute.size(row_max), unroll_full=True):
@@ -107,7 +113,13 @@ _KINDS = {
 _caches = {"own": interface._flash_attn_fwd.compile_cache, "lazy": JITCache(), "settled": JITCache()}
 
 
-def use(kind: str) -> None:
-    """Call (and compile, where needed) the kernel with this kind of softmax from now on."""
-    _own.online_softmax, _own.rescale_O, _own.finalize = _KINDS[kind]
-    interface._flash_attn_fwd.compile_cache = _caches[kind]
+_one_at_a_time = Lock()
+
+
+@contextmanager
+def using(kind: str) -> Iterator[None]:
+    """The library's kernel has this kind of softmax meanwhile, in one thread at a time."""
+    with _one_at_a_time:
+        _own.online_softmax, _own.rescale_O, _own.finalize = _KINDS[kind]
+        interface._flash_attn_fwd.compile_cache = _caches[kind]
+        yield

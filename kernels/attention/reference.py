@@ -10,7 +10,7 @@ from torch import Tensor
 
 BIAS = 32.0  # P of the largest of the first keys is 2^-32: sums may grow by more than they may shrink
 LIMIT = 1.0  # a larger sum (of a lane) gets a new maximum
-LARGEST_SUM = 2.0**100  # at the end; beyond it a row is NaN
+LARGEST_SUM = 2.0**90  # 2^-BIAS over it is the least that fp32 has; from it on a row is NaN
 
 
 def attention(q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def settled(q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, block: int = 80) -> 
         else:
             top = sums.amax(-1, keepdim=True)
             shift = torch.where(top > LIMIT, top.log2() + BIAS, 0.0)
-            down = torch.exp2(-shift)
+            down = torch.where(top < LARGEST_SUM, torch.exp2(-shift), torch.nan)
             sums, out, peak = sums * down, out * down, peak + shift / scale
         p = torch.exp2(scores * scale - peak * scale)
         for lane in range(4):  # of four lanes each holds two columns of eight

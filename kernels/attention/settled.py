@@ -2,7 +2,7 @@
 
 Such a kernel ("settled", see `kernels.attention.flash4_softmax`) turns a row to NaN where a score is out of
 all proportion to those before it. Nobody waits for the GPU to look: whoever meets a result that isn't finite
-asks `give_up`, and computes it again if that says so.
+and finds it `suspect` forbids it and computes the result again.
 """
 
 from dataclasses import dataclass
@@ -20,11 +20,18 @@ class Settled:
         self.used = self.used or self.allowed
         return self.allowed
 
-    def give_up(self) -> bool:
-        """Do without from now on. Whether that can change a result: False where no kernel ever did it."""
-        changes = self.allowed and self.used
-        self.allowed = self.allowed and not changes
-        return changes
+    def begin(self) -> None:
+        """Of a result: what kernels did before it, such as for a probe, is not its concern."""
+        self.used = False
+
+    @property
+    def suspect(self) -> bool:
+        """Whether the result can come out otherwise without: a kernel did it since `begin`."""
+        return self.allowed and self.used
+
+    def forbid(self) -> None:
+        """Do without from now on."""
+        self.allowed = False
 
     def trust(self) -> None:
         """Allow it again: what wasn't finite was not its fault."""

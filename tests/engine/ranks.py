@@ -28,6 +28,7 @@ from engine.tracker import Tracker
 from engine.vae import VAE
 from engine.vae_blocks import Space, WholeFrame
 from kernels import attention_8bit
+from kernels.attention.settled import Settled
 from kernels.fp8_gemm import Rows
 from kernels.fp8_gemm import reference as fp8_reference
 from tests.engine.sinks import Frames
@@ -55,7 +56,7 @@ VARIANTS = {
 # (kind, latents' rows, columns): cut along columns and along rows, evenly by few worlds only.
 IN_HALF = "2.2"  # the kind that also runs in fp16, which takes long on a CPU
 VAES = (("2.1", 3, 9), ("2.1", 10, 4), ("2.2", 2, 9))
-CHECKS = ("frames", "cancel", "split", "heads", "text")
+CHECKS = ("frames", "cancel", "again", "split", "heads", "text")
 
 
 def environment() -> dict[str, str]:
@@ -182,6 +183,31 @@ def check_cancel(pipeline: Pipeline) -> bool:
     return False
 
 
+def check_again(pipeline: Pipeline) -> bool:
+    """Where one rank's attention made a video's latents NaN, all make them anew, and right."""
+    settled, calls = Settled(), 0
+    last = pipeline.mesh.rank == pipeline.mesh.size - 1
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return sdpa(q, k, v) * (float("nan") if last and settled.ask() else 1.0)
+
+    def video() -> Tensor | None:
+        sink = Frames()
+        pipeline.generate(resolve(pipeline.spec, "a cat", frame_num=5, sampling_steps=1, seed=3), sink)
+        return torch.from_numpy(sink.video) if sink.chunks else None
+
+    usual, want = pipeline.sequence, video()
+    pipeline.sequence = pipeline.mesh.sequence(attend)
+    with mock.patch("engine.pipeline.settled", settled):
+        got, twice = video(), calls
+        again = video()
+    pipeline.sequence = usual
+    same = all(one is want is None or torch.equal(one, want) for one in (got, again))
+    return same and not settled.allowed and twice == 2 * (calls - twice)
+
+
 def check_split(pipeline: Pipeline) -> bool:
     """Each rank's tokens among the first 5 of 7 are those that its part of the sequence holds."""
     sequence, world = pipeline.sequence, pipeline.mesh.size
@@ -273,6 +299,7 @@ def run_world(rank: int, world: int, folder: Path, checkpoint: Path) -> None:
     checks = {
         "frames": check_frames(pipeline),
         "cancel": check_cancel(pipeline),
+        "again": check_again(pipeline),
         "split": check_split(pipeline),
         "heads": check_heads(checkpoint, mesh),
         "text": check_text(pipeline),

@@ -156,11 +156,11 @@ def test_prompts_have_the_asked_length() -> None:
 
 
 def test_what_a_part_will_take_is_near_what_it_took_on_a_gpu(alone: parts.Node) -> None:
-    """One H200, two figures of docs/log.md: the 480p steps of both experts, 97 s, and a step of 720p."""
+    """One H200: steps of 480p and 720p as docs/log.md has them, and the 97 s that 480p's part took."""
     config = parts.FULL["A14B"].dit
     small = step_seconds(config, 21 * 30 * 52, gpus=1)
     assert small == pytest.approx(4.758, rel=0.2)
-    assert step_seconds(config, 21 * 45 * 80, gpus=1) == pytest.approx(18.0, rel=0.2)
+    assert step_seconds(config, 21 * 45 * 80, gpus=1) == pytest.approx(18.87, rel=0.2)
     took = sustained_seconds(4.758, 4.0, profiled=False) + 5 * 4.758  # a profile was of 5 steps then
     assert 2 * took == pytest.approx(97, rel=0.1)
     assert 8 * step_seconds(config, 75600, gpus=8) == pytest.approx(step_seconds(config, 75600, gpus=1))

@@ -11,7 +11,6 @@ from engine.dit import DiT
 from engine.errors import OutOfMemory, RequestError
 from engine.pipeline import Pipeline, to_uint8
 from engine.requests import resolve
-from kernels.attention import settled as switch
 from kernels.attention.settled import Settled
 from tests.engine.sinks import Frames
 
@@ -226,4 +225,29 @@ def test_latents_that_are_not_finite_are_made_once_more_with_another_attention(
         asked.clear()
         assert np.array_equal(video(), want)
         assert asked == [False] * half, "it is done without from then on"
-    assert switch.settled is not settled
+
+
+def test_a_video_that_is_broken_anyway_does_not_bring_back_what_another_gave_up(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A needs the other attention; B is NaN with any, as by a broken LoRA; then A once more."""
+    settled = Settled()
+    monkeypatch.setattr("engine.pipeline.settled", settled)
+    right = pipeline.sequence.attend
+    asked: list[bool] = []
+    always = [False]
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        asked.append(settled.ask())
+        return right(q, k, v) * (float("nan") if asked[-1] or always[0] else 1.0)
+
+    monkeypatch.setattr(pipeline.sequence, "attend", attend)
+    runs: list[int] = []
+    for broken in (False, True, False):
+        always[0] = broken
+        asked.clear()
+        pipeline.generate(resolve(pipeline.spec, "a cat", frame_num=1, sampling_steps=1, seed=3), Frames())
+        runs.append(len(asked))
+        assert not settled.allowed
+        assert not asked[-1]
+    assert runs[0] == 2 * runs[1] == 2 * runs[2], "A alone was made twice, the first time"

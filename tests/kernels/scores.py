@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from tests.kernels.check import relative_error
+
 
 def growing(tokens: int, heads: int, head: int, by: float) -> tuple[Tensor, Tensor, Tensor]:
     """Scores grow from 0 to about `by`, from the last key to the first: the order blocks are taken in."""
@@ -15,10 +17,42 @@ def growing(tokens: int, heads: int, head: int, by: float) -> tuple[Tensor, Tens
     return q.bfloat16(), k.bfloat16(), v.bfloat16()
 
 
-def jumping(tokens: int, heads: int, head: int, by: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries 0, 3, 6 ... see key 5 `by` above the others, queries 2, 5, 8 ... as far below."""
+JUMPS = [  # heights of the key that is met first and of the one that is met after it
+    ((60.0, None), False),
+    ((60.0, 55.0), False),
+    ((75.0, 130.0), False),
+    ((80.0, 80.0), False),
+    ((90.0, 60.0), True),  # the first is finite, and its block the last that could be
+    ((95.0, 95.0), True),
+    ((106.0, 106.0), True),
+    ((109.0, 80.0), True),
+    ((120.0, 120.0), True),
+    ((20.0, 110.0), True),
+    ((200.0, None), True),
+    ((3e4, None), True),
+]
+
+
+def jumping(
+    tokens: int, heads: int, head: int, first: float, then: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries 0, 3, 6 ... see two keys so far above the others, queries 2, 5, 8 ... as far below.
+
+    Blocks are taken from the last key to the first. `first` is in the middle, `then` is key 5 (None: none).
+    """
     q, k, v = (torch.randn(3, 1, tokens, heads, head) * 0.5).bfloat16().unbind(0)
-    k[:, 5] = 0
-    k[:, 5, :, 0] = by
+    for place, by in ((tokens // 2, first), (5, then)):
+        if by is not None:
+            k[:, place] = 0
+            k[:, place, :, 0] = by
     q[:, ::3, :, 0], q[:, 1::3, :, 0], q[:, 2::3, :, 0] = head**0.5, 0, -(head**0.5)
     return q, k, v
+
+
+def never_wrong(got: Tensor, want: Tensor, lost: bool) -> None:
+    """What `jumping` must give: rows that are NaN where they are lost, and no others that are off."""
+    high = slice(None, None, 3)
+    for part in (slice(1, None, 3), slice(2, None, 3), *(() if lost else (high,))):
+        assert relative_error(got[:, part], want[:, part]) < 5e-3
+    if lost:
+        assert got[:, high].isnan().all()
