@@ -12,6 +12,15 @@ import torch.distributed as dist
 from benchmarks._together import shared
 
 
+def check_place(path: Path | None, resume: bool) -> None:
+    """Before anything is begun: no figures of an earlier run are lost. Exits, saying what to do."""
+    if path is None:
+        return
+    if path.exists() and not resume:
+        sys.exit(f"{path} is there already: --resume goes on with it; or name another file by --json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
 class Book:
     """The figures so far, and the time that is left. Rank 0 alone writes and speaks."""
 
@@ -21,6 +30,16 @@ class Book:
         if resume and path is not None and path.exists():
             self.data = json.loads(path.read_text())
         self.data.pop("postponed", None)  # it is this run's to say
+
+    def begin(self, **facts: Any) -> None:
+        """What the figures are of. Raises ValueError where the file to go on with is of something else."""
+        for name, value in facts.items():
+            if self.data.get(name, value) != value:
+                raise ValueError(
+                    f"{self.path} has figures of {name} {self.data[name]}, this run is of {value}: "
+                    "repeat the arguments of the run that wrote it, or name another file by --json"
+                )
+        self.write(**facts)
 
     def left(self, seconds: float, device: torch.device) -> bool:
         """Whether so many seconds are left, by the ranks' agreement."""
@@ -35,7 +54,9 @@ class Book:
         """Add and save."""
         self.data |= figures
         if dist.get_rank() == 0 and self.path is not None:
-            self.path.write_text(json.dumps(self.data, indent=1))
+            part = self.path.with_name(self.path.name + ".part")  # a run may be killed while it writes
+            part.write_text(json.dumps(self.data, indent=1))
+            part.replace(self.path)
 
     def say(self, words: str) -> None:
         """On stderr, at once."""

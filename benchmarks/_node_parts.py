@@ -1,6 +1,6 @@
-"""What the node benchmark runs on every rank: a whole model on a layout, its steps, its videos, their parity.
+"""What the node benchmark runs on every rank: a layout's steps, its videos, their parity, the official step.
 
-All ranks call everything together. Layouts share the weights; one layout's windows exist at a time.
+All ranks call everything together.
 """
 
 import math
@@ -8,138 +8,34 @@ import statistics
 import tempfile
 import time
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor
 
 from benchmarks._measure import Sampler
+from benchmarks._node_model import SEED, Node
 from benchmarks._official_step import OfficialStep
-from benchmarks._random_model import FULL, TINY, Shape, layout_of, random_pipeline
 from benchmarks._together import shared, together
 from benchmarks._variants import library
 from benchmarks._verify import WrongResult, relative_error
-from engine.attention import Attend, pick_attend, sdpa
+from engine.attention import Attend, sdpa
 from engine.conditioning import make_conditioning, output_size
 from engine.config import GenerationRequest
 from engine.dit import DiT
 from engine.dit_block import TextKV
-from engine.ladder import plan_memory
-from engine.load import capability
 from engine.parallel.mesh import Mesh
 from engine.parallel.push import PushTransport
 from engine.pipeline import Pipeline
-from engine.presets import Machine, offers
-from engine.requests import resolve
+from engine.presets import LOSSLESS, find
 from engine.run import NoFrames
-from engine.specs import I2V_A14B
 from engine.tracker import Tracker
 from engine.video import Mp4Writer
 
-TIMEOUT_SECONDS = 300.0  # steps of one GPU are long
 TIMESTEPS = {"high": 950, "low": 500}  # on either side of the boundary
-SEED = 0
 OFFICIAL_ERROR = 0.05  # between two computations whose products are in bf16, over all blocks
-SENTENCE = "A tall ship under full sail rounds the headland at dawn while gulls wheel over the white water. "
-CHARACTERS = (512, 32, 128)  # prompts of the seed's benchmark, 32 to 512
-
-
-def prompt_of(characters: int) -> str:
-    """English words of exactly so many characters."""
-    return (SENTENCE * (characters // len(SENTENCE) + 1))[: characters - 1].rstrip().ljust(characters, ".")
-
-
-def rehearsed(model: str) -> Shape:
-    """The tiny model at two sizes, one with an odd number of tokens, and 8 heads for as many ranks."""
-    shape = TINY["5B" if model == "5B" else "A14B"]
-    cell = 32 if model == "5B" else 16
-    facts = replace(shape.facts, sizes=((5 * cell, 3 * cell), (cell, 3 * cell)), frame_num=9, max_frame_num=9)
-    channels = 36 if model == "I2V" else shape.dit.in_channels
-    facts = replace(facts, name=I2V_A14B.name, task=I2V_A14B.task) if model == "I2V" else facts
-    return replace(shape, facts=facts, dit=replace(shape.dit, num_heads=8, dim=128, in_channels=channels))
-
-
-class Node:
-    """A model with random weights on this rank, and the layout that it is on now."""
-
-    def __init__(self, model: str, device: torch.device, told: dict[str, Any], tiny: bool) -> None:
-        self.device, self.world = device, dist.get_world_size()
-        on_gpu = device.type == "cuda"
-        self.dtype = torch.bfloat16 if on_gpu else torch.float32
-        vae_dtype = torch.float16 if on_gpu else torch.float32
-        self.shape: Shape = rehearsed(model) if tiny else FULL[model]
-        mesh = self._join(f"1x{self.world}")
-        plan = plan_memory(self.shape.spec, layout_of(self.shape), mesh, device, self.dtype, vae_dtype)
-        torch.manual_seed(SEED)  # the same weights on all ranks
-        made = random_pipeline(self.shape, plan, device, self.dtype, vae_dtype, mesh)
-        presets = offers(told, Machine(capability(device)))
-        made.spec = replace(made.spec, presets=presets)
-        self.memory = {"rung": plan.rung, "planned_gib": plan.gib}
-        self._room = max(0, plan.available - plan.total)
-        made.eight.keep(self._room, self.shape.dit)
-        self.pipeline = made
-
-    def _join(self, layout: str) -> Mesh:
-        guidance, parts = map(int, layout.split("x"))
-        if guidance * parts == 1:
-            return Mesh.single()
-        return Mesh.init(
-            guidance=guidance, ulysses=parts, device=self.device, timeout_seconds=TIMEOUT_SECONDS
-        )
-
-    def on(self, layout: str) -> Pipeline:
-        """The pipeline on that layout; the last one's windows are given back."""
-        old = self.pipeline
-        if layout != old.mesh.layout:
-            self._leave()
-            head = self.shape.dit.head_dim
-            attends = (pick_attend(kind, self.dtype, head, self.device) for kind in ("self", "cross"))  # type: ignore[arg-type]
-            made = Pipeline(
-                old.spec,
-                old.text_encoder,
-                old.high,
-                old.low,
-                old.vae,
-                self._join(layout),
-                self.device,
-                *attends,
-            )
-            made.branches_in_turn = old.branches_in_turn
-            made.eight.keep(self._room, self.shape.dit)
-            self.pipeline = made
-        return self.pipeline
-
-    def _leave(self) -> None:
-        mesh = self.pipeline.mesh
-        dist.barrier()
-        for held in (mesh.transport, mesh.watch):
-            if held is not None:
-                held.close()
-
-    def close(self) -> None:
-        """Give back what the layout holds."""
-        self._leave()
-
-    def request(self, size: tuple[int, int] | None, steps: int, seed: int, **more: Any) -> GenerationRequest:
-        """A request at the largest size unless given, with a picture where the model wants one."""
-        prompt = prompt_of(CHARACTERS[seed % len(CHARACTERS)])
-        spec = self.pipeline.spec
-        if spec.task == "i2v":
-            more["image"] = picture(size or spec.sizes[0])
-        return resolve(spec, prompt, size=size, sampling_steps=steps, seed=seed, **more)
-
-
-def picture(size: tuple[int, int]) -> Path:
-    """A PNG of smooth random colours, the same on every rank and in every run."""
-    path = Path(tempfile.gettempdir()) / f"reel-node-{size[0]}x{size[1]}-{dist.get_rank()}.png"
-    generator = torch.Generator().manual_seed(SEED)
-    small = torch.randint(256, (9, 16, 3), dtype=torch.uint8, generator=generator)
-    Image.fromarray(small.numpy()).resize(size, Image.Resampling.BICUBIC).save(path)
-    return path
 
 
 class Steps:
@@ -190,13 +86,15 @@ def official_attends(device: torch.device) -> dict[str, Attend]:
     return {"FlashAttention-2": library("flash2"), "cuDNN": library("cudnn")}
 
 
-def time_steps(node: Node, steps: Steps, layout: str, seconds: float, quality: str = "") -> dict[str, Any]:
+def time_steps(
+    node: Node, steps: Steps, layout: str, seconds: float, quality: str = LOSSLESS
+) -> dict[str, Any]:
     """Sustained milliseconds of each expert's step, and with the transfers off."""
     pipeline = node.on(layout)
     found: dict[str, Any] = {}
     transport = pipeline.mesh.transport
     pushes = isinstance(transport, PushTransport)
-    preset = next((p for p in pipeline.spec.presets if p.name == quality), None)
+    preset = find(pipeline.spec.presets, quality)
     for expert in steps.experts():
         step = steps.ours(pipeline, expert)
         with pipeline.eight.using(preset):
@@ -214,9 +112,15 @@ def time_steps(node: Node, steps: Steps, layout: str, seconds: float, quality: s
 
 
 def time_official(node: Node, steps: Steps, seconds: float) -> dict[str, Any]:
-    """The low expert's official step by each attention, held to ours first."""
+    """The low expert's official step by each attention, held to ours first; why not where it can't be run."""
     found: dict[str, Any] = {}
     pipeline = node.on(f"1x{node.world}")
+    needs = official_bytes(math.prod(steps.grid(pipeline.high)), node.shape.dit.dim, node.world)
+    free = shared(free_bytes(node.device), node.device, dist.ReduceOp.MIN)
+    if free < needs:
+        return {
+            "skipped": f"it needs {needs / 2**30:.1f} GiB beside our weights, {free / 2**30:.1f} are free"
+        }
     want = steps.ours(pipeline, "low")()
     for name, attend in official_attends(node.device).items():
         step = steps.official("low", attend)
@@ -225,6 +129,19 @@ def time_official(node: Node, steps: Steps, seconds: float) -> dict[str, Any]:
             raise WrongResult(f"the official step by {name} is {error:.3g} from ours: no time is reported")
         found[name] = together(step, seconds, node.device, parts=False).json() | {"relative_error": error}
     return found
+
+
+def official_bytes(tokens: int, dim: int, ranks: int) -> float:
+    """Working memory of the official step: at its peak 23 fp32 values a token and channel, six of them e."""
+    return 23 * 4 * math.ceil(tokens / ranks) * dim + 2 * 2**30
+
+
+def free_bytes(device: torch.device) -> float:
+    """What tensors may still take; on a CPU as much as they like."""
+    if device.type == "cpu":
+        return math.inf
+    torch.cuda.empty_cache()
+    return float(torch.cuda.mem_get_info(device)[0])
 
 
 def video(pipeline: Pipeline, request: GenerationRequest) -> dict[str, Any]:
@@ -264,13 +181,11 @@ def median_video(videos: list[dict[str, Any]]) -> dict[str, float]:
     return {phase: statistics.median(one["seconds"][phase] for one in videos) for phase in phases}
 
 
-def parity(
-    node: Node, layouts: list[str], steps: int, frame_num: int, size: tuple[int, int]
-) -> dict[str, Any]:
-    """A short video's latents on one rank and on each layout: relative errors, beside two runs on one.
+def parity(node: Node, layout: str, steps: int, frame_num: int, size: tuple[int, int]) -> dict[str, Any]:
+    """A short video's latents on one rank and on the layout: relative error, beside two runs on one.
 
     The yardstick on a GPU is one rank with another attention kernel: two runs in bf16 of the same arithmetic.
-    Raises WrongResult where a layout is further off than 1.5 times that.
+    Raises WrongResult where the layout is further off than 1.5 times that.
     """
     request = node.request(size, steps, SEED, frame_num=frame_num)
     alone = latents_of(node, "1x1", request)
@@ -280,15 +195,10 @@ def parity(
     other = latents_of(node, "1x1", request)
     pipeline.sequence = usual
     between = relative_error(other, alone)
-    found: dict[str, Any] = {"two runs on one rank": between}
-    for layout in layouts:
-        error = shared(relative_error(latents_of(node, layout, request), alone), node.device)
-        found[layout] = error
-        if not error <= max(1.5 * between, 1e-4):
-            raise WrongResult(
-                f"{layout}: latents are {error:.3g} from one rank's, two runs there {between:.3g}"
-            )
-    return found
+    error = shared(relative_error(latents_of(node, layout, request), alone), node.device)
+    if not error <= max(1.5 * between, 1e-4):
+        raise WrongResult(f"{layout}: latents are {error:.3g} from one rank's, two runs there {between:.3g}")
+    return {"two runs on one rank": between, layout: error}
 
 
 def latents_of(node: Node, layout: str, request: GenerationRequest) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -50,32 +50,40 @@ def link(bench: Bench, parts: int, transport: str, seconds: float) -> dict[str, 
     }
 
 
+class Decoder:
+    """The VAE with random weights, latents for it, and the ways to hold their frames."""
+
+    def __init__(self, bench: Bench, frames: int, rows: int, columns: int) -> None:
+        self.device = bench.device
+        self.model = random_vae(bench.device)
+        dtype = next(self.model.parameters()).dtype
+        latents = torch.randn(1, 16, frames, rows, columns, generator=torch.Generator().manual_seed(2))
+        self.latents = latents.to(bench.device, dtype)
+        self.spaces: dict[str, Space] = {"one rank": WholeFrame()}
+        if bench.world > 1:
+            self.spaces[f"{bench.world} ranks"] = StripedFrame(None, rows, columns)
+
+    def decode(self, space: Space) -> list[Tensor]:
+        """The levels, on rank 0's host."""
+        chunks = []
+        for chunk in self.model.decode_chunks(self.latents, space):
+            levels = space.collect(to_uint8(chunk[0]))
+            if levels is not None and dist.get_rank() == 0:
+                host = torch.empty(levels.shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+                chunks.append(host.copy_(levels, non_blocking=True))
+        return chunks
+
+
 def vae(bench: Bench, seconds: float, frames: int, rows: int, columns: int) -> dict[str, Any]:
     """Decode and encode on one rank (all do the same) and in stripes over all, and how far the pixels differ.
 
     Decoding includes the levels' way to rank 0 and to the host.
     """
-    device = bench.device
-    model = random_vae(device)
-    dtype = next(model.parameters()).dtype
-    latents = torch.randn(1, 16, frames, rows, columns, generator=torch.Generator().manual_seed(2))
-    latents = latents.to(device, dtype)
+    decoder, device = Decoder(bench, frames, rows, columns), bench.device
+    model, spaces, dtype = decoder.model, decoder.spaces, decoder.latents.dtype
     video = torch.rand(1, 3, 4 * frames - 3, 8 * rows, 8 * columns, device=device, dtype=dtype) * 2 - 1
     dist.broadcast(video, 0)
-    spaces: dict[str, Space] = {"one rank": WholeFrame()}
-    if bench.world > 1:
-        spaces[f"{bench.world} ranks"] = StripedFrame(None, rows, columns)
-
-    def decode(space: Space) -> list[Tensor]:
-        chunks = []
-        for chunk in model.decode_chunks(latents, space):
-            levels = space.collect(to_uint8(chunk[0]))
-            if levels is not None and dist.get_rank() == 0:
-                host = torch.empty(levels.shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
-                chunks.append(host.copy_(levels, non_blocking=True))
-        return chunks
-
-    pixels = {name: decode(space) for name, space in spaces.items()}
+    pixels = {name: decoder.decode(space) for name, space in spaces.items()}
     encoded = {name: model.encode(video, space) for name, space in spaces.items()}
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -84,26 +92,32 @@ def vae(bench: Bench, seconds: float, frames: int, rows: int, columns: int) -> d
     a, b = (latents.double() for latents in (list(encoded.values()) * 2)[:2])
     found["encode relative error"] = float((a - b).norm() / a.norm())
     for name, space in spaces.items():
-        decoding: Callable[[], object] = lambda space=space: decode(space)  # noqa: E731
+        decoding: Callable[[], object] = lambda space=space: decoder.decode(space)  # noqa: E731
         encoding: Callable[[], object] = lambda space=space: model.encode(video, space)  # noqa: E731
         found[f"decode, {name}"] = together(decoding, seconds, device, warm=0, parts=False).json()
         found[f"encode, {name}"] = together(encoding, seconds / 2, device, warm=0, parts=False).json()
         if device.type == "cuda":
             found[f"kernels, {name}"] = dict(list(profile_kernels(decoding, 1).items())[:20])  # ms
-            model.recordings = Recordings()
-            found[f"recorded equal, {name}"] = equal(pixels[name], decode(space))
-            timed = together(decoding, seconds, device, warm=0, parts=False)
-            found[f"decode recorded, {name}"] = timed.json()
-            model.recordings = None
-    if len(spaces) == 2:
-        for what in ("decode", "encode"):
-            ways = (what, f"{what} recorded")
-            one_ms, many_ms = (
-                min(found[f"{way}, {name}"]["ms"] for way in ways if f"{way}, {name}" in found)
-                for name in spaces
-            )
-            found[f"{what} speed-up"] = one_ms / many_ms  # the faster way of each
-    return found
+    return found | {f"{what} speed-up": speed_up(found, what, spaces) for what in ("decode", "encode")}
+
+
+def vae_recorded(bench: Bench, seconds: float, frames: int, rows: int, columns: int) -> dict[str, Any]:
+    """Decode with each chunk replayed as a CUDA graph, held to the same without."""
+    decoder, found = Decoder(bench, frames, rows, columns), dict[str, Any]()
+    for name, space in decoder.spaces.items():
+        want = decoder.decode(space)
+        decoder.model.recordings = Recordings()
+        found[f"equal, {name}"] = equal(want, decoder.decode(space))
+        again: Callable[[], object] = lambda space=space: decoder.decode(space)  # noqa: E731
+        found[f"decode, {name}"] = together(again, seconds, bench.device, warm=0, parts=False).json()
+        decoder.model.recordings = None
+    return found | {"decode speed-up": speed_up(found, "decode", decoder.spaces)}
+
+
+def speed_up(found: dict[str, Any], what: str, spaces: Iterable[str]) -> float:
+    """One rank's time over that of all; 1 where there is one rank."""
+    times = [found[f"{what}, {name}"]["ms"] for name in spaces]
+    return float(times[0] / times[-1])
 
 
 def psnr(one: list[Tensor], many: list[Tensor]) -> float:

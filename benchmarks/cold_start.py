@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks._disk import cached, drop, filesystem, in_memory
-from benchmarks._node_parts import prompt_of, rehearsed, video
+from benchmarks._node_model import prompt_of, rehearsed
+from benchmarks._node_parts import video
 from benchmarks._random_model import FULL, RandomState, Shape, fill, meta_parts
 from benchmarks._sections import write_json
 from engine.checkpoint_writer import write_checkpoint

@@ -1,6 +1,6 @@
 """Whole videos on a node: every layout's steps and videos, the official computation, parity with one GPU.
 
-    python -m benchmarks.node --gpus 8 --json node.json [--resume] [--budget 570] [--layouts 2x4 1x8]
+    python -m benchmarks.node --gpus 8 --json node.json [--resume] [--budget 550] [--layouts 2x4 1x8]
 
 It starts one process a GPU by torchrun (or takes the ranks that torchrun gave it). Every rank makes the full
 model with random weights on its device. In this order, each part written down as soon as it exists:
@@ -28,9 +28,11 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import _node_parts as parts
-from benchmarks._book import Book
+from benchmarks._book import Book, check_place
 from benchmarks._expected import OFFICIAL, step_seconds, sustained_seconds, warm_up_seconds
+from benchmarks._node_model import TIMEOUT_SECONDS, Node
 from benchmarks._ranks import join_ranks, start_ranks, started
+from engine.config import GenerationRequest
 from engine.presets import LOSSLESS
 from engine.specs import parse_size
 from engine.warmup import warm_up
@@ -42,20 +44,31 @@ class Run:
     def __init__(self, arguments: argparse.Namespace, book: Book) -> None:
         self.arguments, self.book = arguments, book
         tiny = arguments.device == "cpu"
-        self.device = join_ranks(arguments.device, parts.TIMEOUT_SECONDS)
+        self.device = join_ranks(arguments.device, TIMEOUT_SECONDS)
         world = dist.get_world_size()
         self.layouts: list[str] = arguments.layouts or default_layouts(world)
-        began = time.perf_counter()
-        self.node = parts.Node(arguments.model, self.device, json.loads(arguments.told or "{}"), tiny)
-        card = "CPU" if tiny else torch.cuda.get_device_name()
-        spec = self.node.pipeline.spec
+        for layout in self.layouts:
+            if math.prod(map(int, layout.split("x"))) != world:
+                raise ValueError(f"layout {layout} is not of {world} ranks, which there are")
+        self.warm: set[str] = set()  # layouts that this process has warmed
+        self.node = Node(arguments.model, self.device, json.loads(arguments.told or "{}"), tiny)
+        spec = self.node.spec
         self.size = spec.sizes[0] if arguments.size is None else parse_size(arguments.size)
-        book.write(
+        steps = arguments.sampling_steps or spec.sampling_steps
+        self.request(steps, 0)  # refused now, not after minutes
+        card = "CPU" if tiny else torch.cuda.get_device_name()
+        book.begin(
             device=card, torch=torch.__version__, gpus=world, model=spec.name, quality=arguments.quality,
-            size=list(self.size), frame_num=arguments.frame_num or spec.frame_num,
-            sampling_steps=arguments.sampling_steps or spec.sampling_steps,
-            memory=self.node.memory, made_in_seconds=time.perf_counter() - began,
+            size=list(self.size), frame_num=arguments.frame_num or spec.frame_num, sampling_steps=steps,
         )  # fmt: skip
+        began = time.perf_counter()
+        self.node.make()
+        book.write(memory=self.node.memory, made_in_seconds=time.perf_counter() - began)
+
+    def request(self, steps: int, number: int) -> GenerationRequest:
+        """Of a video."""
+        more = {"frame_num": self.arguments.frame_num, "quality": self.arguments.quality}
+        return self.node.request(self.size, steps, number, **more)
 
     def part(self, name: str, seconds: float, work: Callable[[], Any]) -> None:
         """One part, unless the file has it or its time would be too short."""
@@ -71,11 +84,10 @@ class Run:
     def all(self) -> None:
         """Every part that is asked for."""
         arguments, node = self.arguments, self.node
-        short = min(node.pipeline.spec.sizes, key=lambda size: size[0] * size[1])
-        stride = node.pipeline.spec.vae.stride[0]
-        several = [layout for layout in self.layouts if layout != "1x1"]
-        if "parity" in arguments.parts and several:
-            self.part("parity", 60, lambda: parts.parity(node, several, 4, 2 * stride + 1, short))
+        short = min(node.spec.sizes, key=lambda size: size[0] * size[1])
+        stride = node.spec.vae.stride[0]
+        for layout in self.layouts if "parity" in arguments.parts and node.world > 1 else ():
+            self.part(f"parity {layout}", 45, lambda: parts.parity(node, layout, 4, 2 * stride + 1, short))  # noqa: B023
         steps = parts.Steps(node, self.size, arguments.frame_num)
         seconds = arguments.seconds
         tokens = math.prod(steps.grid(node.pipeline.high))
@@ -101,24 +113,26 @@ class Run:
         dist.destroy_process_group()
 
     def videos(self, layout: str) -> None:
-        """The warm-up once, then one video after another."""
+        """The process' warm-up of the layout, and one video after another: none is made cold."""
         names = [f"video {layout} {number}" for number in range(self.arguments.videos)]
-        if all(name in self.book.data for name in names):
-            return
-        expected = warm_up_seconds(self.node.pipeline, self.node.shape.dit, self.node.world)
-        self.part(f"warm-up {layout}", expected, lambda: self._warm(layout))
-        guess = self.guess(layout)
         for number, name in enumerate(names):
-            request = self.node.request(
-                self.size, self.book.data["sampling_steps"], number,
-                frame_num=self.arguments.frame_num, quality=self.arguments.quality,
-            )  # fmt: skip
+            if name in self.book.data:
+                continue
+            guess = self.guess(layout)
+            if layout not in self.warm:
+                expected = warm_up_seconds(self.node.pipeline, self.node.shape.dit, self.node.world)
+                if not self.book.left(expected + guess, self.device):
+                    self.book.postpone(name)
+                    continue
+                self._warm(layout)
+            request = self.request(self.book.data["sampling_steps"], number)
             self.part(name, guess, lambda: parts.video(self.node.on(layout), request))  # noqa: B023
 
-    def _warm(self, layout: str) -> dict[str, float]:
+    def _warm(self, layout: str) -> None:
         began = time.perf_counter()
         warm_up(self.node.on(layout))
-        return {"seconds": time.perf_counter() - began}
+        self.warm.add(layout)
+        self.book.write(**{f"warm-up {layout}": {"seconds": time.perf_counter() - began}})
 
     def guess(self, layout: str) -> float:
         """Seconds that a video will take: what one took, else from the steps, else the issue's target."""
@@ -150,7 +164,8 @@ def table(data: dict[str, Any]) -> str:
         "| what | step, ms (high, low) | exposed, ms | denoise, s | decode, s | total, s | MHz | W | GiB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, row in data.get("official", {}).items():
+    official = data.get("official", {})
+    for name, row in official.items() if "skipped" not in official else ():
         lines.append(
             f"| official, {name} | {row['ms']:.1f} | - | {steps * row['ms'] / 1e3:.1f} (steps x ms) | - | - "
             f"| {row['clock_mhz']:.0f} | {row['power_w']:.0f} | {row['peak_gib']:.1f} |"
@@ -174,8 +189,12 @@ def table(data: dict[str, Any]) -> str:
             f"| {middle['decoding']:.2f} | **{middle['total']:.2f}** | {last['clock_mhz']:.0f} "
             f"| {last['power_w']:.0f} | {last['peak_gib']:.1f} |"
         )
-    found = data.get("parity", {})
-    lines += ["", *(f"latents, {name}: relative error {error:.3g}" for name, error in found.items())]
+    rung = data["memory"]["rung"]
+    lines += ["", f"memory: rung {rung} of the ladder"]
+    if "skipped" in official:
+        lines.append(f"official: not run, {official['skipped']}")
+    found = {name: error for key in data if key.startswith("parity ") for name, error in data[key].items()}
+    lines += (f"latents, {name}: relative error {error:.3g}" for name, error in found.items())
     return "\n".join(lines)
 
 
@@ -197,12 +216,13 @@ def main(given: list[str] | None = None) -> None:
         "--seconds", type=float, default=20.0, help="of continuous work for each step's figure"
     )
     parser.add_argument("--videos", type=int, default=3, help="of each layout")
-    parser.add_argument("--budget", type=float, default=570.0, help="seconds after which no part is started")
+    parser.add_argument("--budget", type=float, default=550.0, help="seconds in which every part must end")
     parser.add_argument("--json", type=Path, help="write the figures here as they come")
     parser.add_argument("--resume", action="store_true", help="keep what the JSON file has")
     arguments = parser.parse_args(given)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("benchmarks.node needs CUDA GPUs, torch sees none; --device cpu rehearses on a CPU")
+    check_place(arguments.json, arguments.resume)
     if start_ranks("benchmarks.node", arguments.gpus, sys.argv[1:] if given is None else given):
         return
     Run(arguments, Book(arguments.json, arguments.resume, arguments.budget, started())).all()

@@ -1,6 +1,6 @@
 """Layouts over GPUs: step time, exposed communication, scaling, the VAE, the text encoder, a timeline.
 
-    python -m benchmarks.parallel --gpus 2 --json parallel.json --timeline docs [--seconds 20] [--budget 570]
+    python -m benchmarks.parallel --gpus 2 --json parallel.json --timeline docs [--seconds 20] [--budget 550]
 
 It starts one process a GPU by torchrun (or takes the ranks that torchrun gave it). First the layouts' results
 are compared with one GPU's: where one is wrong, nothing is printed about time. Each contestant then runs for
@@ -23,14 +23,16 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import _parts, _timeline
-from benchmarks._book import Book
+from benchmarks._book import Book, check_place
 from benchmarks._eight import Measured, report
+from benchmarks._expected import sustained_seconds
 from benchmarks._layouts import TIMEOUT_SECONDS, TOKENS, Bench, Contestant, contestants
 from benchmarks._ranks import join_ranks, start_ranks, started
 from benchmarks._together import Timed, alternately, shared, together
 from benchmarks._verify import WrongResult, relative_error
 
 CHECK_BLOCKS = 2
+PART_SECONDS = {"link": 10, "link_collective": 10, "text": 30, "vae": 60, "vae_recorded": 60}  # and --seconds
 
 
 def check(bench: Bench, rows: list[Contestant]) -> list[str]:
@@ -71,26 +73,16 @@ def run(arguments: argparse.Namespace, book: Book) -> None:
     rows = [one for one in contestants(bench.world) if not arguments.only or any(
         part in one.name for part in arguments.only)]  # fmt: skip
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    book.write(device=card, torch=torch.__version__, gpus=bench.world, model=model, size=size,
+    book.begin(device=card, torch=torch.__version__, gpus=bench.world, model=model, size=size,
                blocks=len(bench.model.blocks), tokens=math.prod(bench.grid))  # fmt: skip
     with torch.inference_mode():
         book.write(checks=check(bench, rows))
         for line in book.data["checks"]:
             book.say(line)
         if not arguments.check_only:
+            time_steps(bench, arguments, book, rows)
+            timeline(bench, arguments, book, rows)
             parts(bench, arguments, book)
-        for group in by_turns(rows) if not arguments.check_only else []:
-            if all(one.name in book.data["steps"] for one in group):
-                continue
-            if not book.left(sum(guess(book, one, arguments.seconds) for one in group), device):
-                for one in group:
-                    book.postpone(one.name)
-                continue
-            for one, timed in zip(group, measure(bench, group, arguments.seconds), strict=True):
-                book.data["steps"][one.name] = timed.json()
-                book.say(f"  {one.name}: {timed.ms:.1f} ms, {timed.clock_mhz:.0f} MHz, {timed.power_w:.0f} W")
-            book.write()
-        timeline(bench, arguments, book, rows)
     if "1x1" in book.data["steps"] and "link" in book.data:
         measured = Measured(
             book.data["steps"]["1x1"]["ms"], book.data["link"]["gb_s"], len(bench.model.blocks),
@@ -101,6 +93,21 @@ def run(arguments: argparse.Namespace, book: Book) -> None:
         print(table(book.data), flush=True)
     bench.close()
     dist.destroy_process_group()
+
+
+def time_steps(bench: Bench, arguments: argparse.Namespace, book: Book, rows: list[Contestant]) -> None:
+    """Every contestant's step that the book hasn't and that there is time for."""
+    for group in by_turns(rows):
+        if all(one.name in book.data["steps"] for one in group):
+            continue
+        if not book.left(sum(guess(book, one, arguments.seconds) for one in group), bench.device):
+            for one in group:
+                book.postpone(one.name)
+            continue
+        for one, timed in zip(group, measure(bench, group, arguments.seconds), strict=True):
+            book.data["steps"][one.name] = timed.json()
+            book.say(f"  {one.name}: {timed.ms:.1f} ms, {timed.clock_mhz:.0f} MHz, {timed.power_w:.0f} W")
+        book.write()
 
 
 def by_turns(rows: list[Contestant]) -> list[list[Contestant]]:
@@ -123,16 +130,22 @@ def measure(bench: Bench, group: list[Contestant], seconds: float) -> list[Timed
 
 
 def parts(bench: Bench, arguments: argparse.Namespace, book: Book) -> None:
-    """The link, the VAE and the text encoder."""
-    cuda = bench.device.type == "cuda"
+    """The link, the text encoder and the VAE; what no two GPUs have run is last and can spoil nothing."""
+    cuda, seconds = bench.device.type == "cuda", arguments.seconds / 4
     sizes = (21, 90, 160) if cuda else (2, 2, 4)
-    wanted: dict[str, Callable[[], Any]] = {"text": lambda: _parts.text(bench, 128 if cuda else 12)}
-    wanted["vae"] = lambda: _parts.vae(bench, arguments.seconds / 4, *sizes)
+    wanted: dict[str, Callable[[], Any]] = {}
     if bench.world == 2:
         wanted["link"] = lambda: _parts.link(bench, 8, "push", min(3.0, arguments.seconds))
         wanted["link_collective"] = lambda: _parts.link(bench, 8, "collective", min(3.0, arguments.seconds))
+    wanted["text"] = lambda: _parts.text(bench, 128 if cuda else 12)
+    wanted["vae"] = lambda: _parts.vae(bench, seconds, *sizes)
+    if cuda:
+        wanted["vae_recorded"] = lambda: _parts.vae_recorded(bench, seconds, *sizes)
     for name, measure in wanted.items():
         if name in book.data or (arguments.only and name not in arguments.only):
+            continue
+        if not book.left(PART_SECONDS[name] + 3 * seconds, bench.device):
+            book.postpone(name)
             continue
         book.write(**{name: measure()})
         book.say(f"  {name}: {json.dumps(book.data[name])}")
@@ -141,9 +154,9 @@ def parts(bench: Bench, arguments: argparse.Namespace, book: Book) -> None:
 
 
 def guess(book: Book, one: Contestant, seconds: float) -> float:
-    """How long a contestant will take: a warm-up step, a timed one, 3 s, the run."""
+    """How long a contestant will take."""
     step = book.data["steps"].get("1x1", {}).get("ms", 25_000.0) / 1e3 / (one.guidance * one.parts)
-    return 3 * step + min(3.0, seconds) + max(seconds, step) + 5
+    return sustained_seconds(step, seconds, profiled=one.layout == "1x1") + 5
 
 
 def timeline(bench: Bench, arguments: argparse.Namespace, book: Book, rows: list[Contestant]) -> None:
@@ -195,7 +208,7 @@ def table(data: dict[str, Any]) -> str:
         if name in data:
             row = data[name]
             lines.append(f"\n{row['transport']} alone: {row['mb']:.1f} MB each way at {row['gb_s']:.0f} GB/s")
-    for name in ("vae", "text"):
+    for name in ("vae", "vae_recorded", "text"):
         if name in data:
             found = {
                 k: round(v["ms"], 2) if isinstance(v, dict) else v
@@ -220,7 +233,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=40, help="blocks of a step")
     parser.add_argument("--seconds", type=float, default=20.0, help="of continuous work for each contestant")
     parser.add_argument("--only", nargs="*", default=[], help="contestants and parts whose name contains one")
-    parser.add_argument("--budget", type=float, default=570.0, help="seconds after which none is started")
+    parser.add_argument("--budget", type=float, default=550.0, help="seconds in which all must end")
     parser.add_argument("--json", type=Path, help="write the figures here as they come")
     parser.add_argument("--resume", action="store_true", help="keep what the JSON file has")
     parser.add_argument("--check-only", action="store_true", help="compare results, measure nothing")
@@ -228,6 +241,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("benchmarks.parallel needs CUDA GPUs, torch sees none; --device cpu rehearses on a CPU")
+    check_place(arguments.json, arguments.resume)
     if start_ranks("benchmarks.parallel", arguments.gpus, sys.argv[1:]):
         return
     run(arguments, Book(arguments.json, arguments.resume, arguments.budget, started()))

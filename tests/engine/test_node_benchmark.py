@@ -1,11 +1,14 @@
 """The node benchmark and the cold start, rehearsed on CPU ranks; what must stop them does."""
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +17,14 @@ import torch.distributed as dist
 
 from benchmarks import _node_parts as parts
 from benchmarks import cold_start, node
-from benchmarks._book import Book
+from benchmarks._book import Book, check_place
 from benchmarks._expected import step_seconds, sustained_seconds, warm_up_seconds
+from benchmarks._node_model import Node, prompt_of
 from benchmarks._official_step import OfficialStep
+from benchmarks._random_model import FULL
 from benchmarks._verify import WrongResult, relative_error
 from engine.attention import sdpa
+from engine.eight_bit_mode import EightBitMode
 from engine.parallel.mesh import Mesh
 from tests.engine.ranks import environment
 
@@ -43,11 +49,11 @@ def test_a_rehearsal_gives_every_figure(tmp_path: Path) -> None:
     said = rehearse("node", *words, "--json", str(path))
     data = json.loads(path.read_text())
     assert (data["gpus"], data["model"], data["sampling_steps"]) == (2, "T2V-A14B", 2)
-    assert set(data["parity"]) == {"two runs on one rank", "2x1", "1x2"}
-    assert all(error < 1e-4 for error in data["parity"].values())
     assert data["official"]["SDPA"]["ms"] > 0
     assert 0 < data["official"]["SDPA"]["relative_error"] < parts.OFFICIAL_ERROR
     for layout in ("2x1", "1x2"):
+        assert set(data[f"parity {layout}"]) == {"two runs on one rank", layout}
+        assert all(error < 1e-4 for error in data[f"parity {layout}"].values())
         assert set(data[f"steps {layout}"]) == {"high", "low"}
         assert all(row["ms"] > 0 for row in data[f"steps {layout}"].values())
         video = data[f"video {layout} 0"]
@@ -85,12 +91,51 @@ def test_a_cold_start_writes_loads_and_serves(
 
 
 @pytest.fixture
-def alone(world_of_one: dist.ProcessGroup) -> parts.Node:
+def alone(world_of_one: dist.ProcessGroup) -> Node:
     """The rehearsal's model in this process."""
-    return parts.Node("A14B", CPU, {}, tiny=True)
+    one = Node("A14B", CPU, {"8bit": {"keep_blocks": []}}, tiny=True)
+    one.make()
+    return one
 
 
-def test_the_official_step_is_ours_but_for_rounding(alone: parts.Node) -> None:
+def test_a_layouts_quantised_weights_go_before_the_nexts_come(
+    alone: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A set of an A14B is 22 GiB, and a run changes its layout six times."""
+    monkeypatch.setattr(Node, "_join", lambda self, layout: Mesh.single())
+    mode = weakref.ref(alone.pipeline.eight)
+    assert len(alone.pipeline.eight.blocks._weights) == 4
+    sets: list[bool] = []
+    keep = EightBitMode.keep
+
+    def kept(self: EightBitMode, *rest: Any) -> None:
+        sets.append(mode() is None)
+        keep(self, *rest)
+
+    monkeypatch.setattr(EightBitMode, "keep", kept)
+    gc.disable()
+    try:
+        alone.on("2x1")
+    finally:
+        gc.enable()
+    assert sets == [True]
+
+
+def test_the_official_step_is_left_out_where_it_has_no_room(
+    alone: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As beside an A14B on two GPUs of 80 GB; the table says so and has all the rest."""
+    steps = parts.Steps(alone, None, None)
+    monkeypatch.setattr(parts, "free_bytes", lambda device: 2.0 * 2**30)
+    found = parts.time_official(alone, steps, 0.01)
+    assert found == {"skipped": "it needs 2.0 GiB beside our weights, 2.0 are free"}
+    facts = {"model": "A14B", "size": [16, 48], "frame_num": 9, "sampling_steps": 2, "quality": "lossless"}
+    said = node.table(facts | {"gpus": 2, "device": "CPU", "memory": {"rung": "resident"}, "official": found})
+    assert "official: not run, it needs 2.0 GiB" in said
+    assert parts.official_bytes(75_600, 5120, 2) == pytest.approx((16.6 + 2) * 2**30, rel=0.01)
+
+
+def test_the_official_step_is_ours_but_for_rounding(alone: Node) -> None:
     steps = parts.Steps(alone, None, None)
     with torch.inference_mode():
         want = steps.ours(alone.pipeline, "low")()
@@ -104,17 +149,17 @@ def test_the_official_step_is_ours_but_for_rounding(alone: parts.Node) -> None:
     assert relative_error(wrong, want) > 2 * relative_error(got, want)  # a timestep off is seen
 
 
-def test_a_layout_that_is_off_ends_the_run(alone: parts.Node, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layout_that_is_off_ends_the_run(alone: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     right = parts.latents_of
 
-    def wrong(one: parts.Node, layout: str, request: Any) -> torch.Tensor:
+    def wrong(one: Node, layout: str, request: Any) -> torch.Tensor:
         return right(one, "1x1", request) * (1.001 if layout == "1x8" else 1.0)
 
     monkeypatch.setattr(parts, "latents_of", wrong)
     size = alone.pipeline.spec.sizes[-1]
-    assert parts.parity(alone, ["1x1"], 1, 5, size)["1x1"] == 0
+    assert parts.parity(alone, "1x1", 1, 5, size)["1x1"] == 0
     with pytest.raises(WrongResult, match=r"1x8: latents are 0\.001"):
-        parts.parity(alone, ["1x8"], 1, 5, size)
+        parts.parity(alone, "1x8", 1, 5, size)
 
 
 def test_parts_that_are_there_or_too_long_are_not_run(
@@ -135,6 +180,79 @@ def test_parts_that_are_there_or_too_long_are_not_run(
     assert json.loads(path.read_text()) == kept
 
 
+def test_no_video_is_made_cold(world_of_one: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that goes on warms up anew; without time for that, no video begins."""
+    run = node.Run.__new__(node.Run)
+    run.arguments, run.device, run.warm = argparse.Namespace(videos=2), CPU, set()
+    run.book = Book(None, resume=True, budget=100, started=time.time())
+    run.book.data |= {
+        "sampling_steps": 2,
+        "warm-up 1x1": {"seconds": 9},
+        "video 1x1 0": {"seconds": {"total": 9}},
+    }
+    run.node = SimpleNamespace(on=lambda layout: layout, pipeline=None, world=1, shape=FULL["A14B"])  # type: ignore[assignment]
+    did: list[str] = []
+    monkeypatch.setattr(node, "warm_up", lambda pipeline: did.append(f"warm {pipeline}"))
+    monkeypatch.setattr(node.Run, "request", lambda self, steps, number: number)
+    monkeypatch.setattr(parts, "video", lambda on, number: did.append(f"video {number}") or {})  # type: ignore[func-returns-value]
+    monkeypatch.setattr(node, "warm_up_seconds", lambda *_: 200)
+    run.videos("1x1")
+    assert did == []
+    assert run.book.data["postponed"] == ["video 1x1 1"]
+    monkeypatch.setattr(node, "warm_up_seconds", lambda *_: 20)
+    run.videos("1x1")
+    assert did == ["warm 1x1", "video 1"]
+
+
+def test_figures_of_another_run_are_neither_mixed_nor_lost(
+    world_of_one: dist.ProcessGroup, tmp_path: Path
+) -> None:
+    path = tmp_path / "new" / "node.json"
+    check_place(path, resume=False)
+    Book(path, resume=False, budget=60, started=0).begin(model="A14B", gpus=8)
+    with pytest.raises(SystemExit, match="--resume goes on with it"):
+        check_place(path, resume=False)
+    check_place(path, resume=True)
+    again = Book(path, resume=True, budget=60, started=0)
+    again.begin(model="A14B", gpus=8)
+    with pytest.raises(ValueError, match="has figures of model A14B, this run is of 5B"):
+        again.begin(model="5B", gpus=8)
+    assert json.loads(path.read_text()) == {"steps": {}, "model": "A14B", "gpus": 8}
+    assert [one.name for one in path.parent.iterdir()] == ["node.json"]
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ({"quality": "8bit", "told": None}, "quality: got '8bit'"),
+        ({"layouts": ["1x1", "1x2"]}, "layout 1x2 is not of 1 ranks"),
+    ],
+)
+def test_what_can_not_be_run_is_refused_before_the_model_is_made(
+    world_of_one: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch, words: dict[str, Any], error: str
+) -> None:
+    given = dict.fromkeys(("size", "layouts", "told", "frame_num"))
+    given |= {"model": "A14B", "device": "cpu", "quality": "lossless", "sampling_steps": 2} | words
+    monkeypatch.setattr(node, "join_ranks", lambda *_: CPU)
+    monkeypatch.setattr(Node, "make", lambda self: pytest.fail("made"))
+    with pytest.raises(ValueError, match=error):
+        node.Run(argparse.Namespace(**given), Book(None, resume=False, budget=60, started=0))
+
+
+def test_the_time_that_is_lent_began_with_the_process() -> None:
+    spent = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import time; time.sleep(1); from benchmarks._ranks import _age; print(_age())",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert 1 < float(spent.stdout) < 120
+
+
 def test_a_video_is_guessed_from_what_is_known() -> None:
     run = node.Run.__new__(node.Run)
     run.book = Book(None, resume=False, budget=60, started=0)
@@ -148,16 +266,16 @@ def test_a_video_is_guessed_from_what_is_known() -> None:
 
 
 def test_prompts_have_the_asked_length() -> None:
-    assert [len(parts.prompt_of(characters)) for characters in (32, 128, 512)] == [32, 128, 512]
+    assert [len(prompt_of(characters)) for characters in (32, 128, 512)] == [32, 128, 512]
     assert node.default_layouts(8) == ["1x8", "2x4"]
     assert node.default_layouts(2) == ["2x1", "1x2"]
     assert node.default_layouts(3) == ["1x3"]
     assert node.default_layouts(1) == ["1x1"]
 
 
-def test_what_a_part_will_take_is_near_what_it_took_on_a_gpu(alone: parts.Node) -> None:
+def test_what_a_part_will_take_is_near_what_it_took_on_a_gpu(alone: Node) -> None:
     """One H200: steps of 480p and 720p as docs/log.md has them, and the 97 s that 480p's part took."""
-    config = parts.FULL["A14B"].dit
+    config = FULL["A14B"].dit
     small = step_seconds(config, 21 * 30 * 52, gpus=1)
     assert small == pytest.approx(4.758, rel=0.2)
     assert step_seconds(config, 21 * 45 * 80, gpus=1) == pytest.approx(18.87, rel=0.2)

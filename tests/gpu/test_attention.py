@@ -39,7 +39,7 @@ def test_as_exact_as_the_librarys_own(options: dict, queries: int, keys: int, dt
 
 
 @pytest.mark.parametrize("options", KINDS, ids=str)
-@pytest.mark.parametrize("by", [30.0, 600.0, 2000.0])
+@pytest.mark.parametrize("by", [30.0, 600.0, 1200.0])
 def test_scores_that_grow_along_the_keys(options: dict, by: float):
     """Where one key has nearly all of a row, the usual P of it is 1, which bf16 holds exactly, so the
     library's own error is below what it is on random scores; ours is held to the latter.
