@@ -1,11 +1,11 @@
 """A node's cold start: from no process to the first video's MP4, with full-size weights read from disk.
 
-    python -m benchmarks.cold_start --gpus 8 --folder DIR [--json cold.json] [--again]
+    python -m benchmarks.cold_start --gpus 8 --folder DIR [--model A14B] [--json cold.json] [--again]
 
 Writes a random checkpoint in the official layout to `--folder` unless it is there (A14B: 57 GB an expert in
-fp32, as published, and 12 GB of the rest), has the page cache forget it, then starts one process a GPU by
-torchrun, which does what a node's ranks do: load, warm up, make a video. `--again` does the last part once
-more on what is in memory by then. `--tiny` rehearses it on a CPU.
+fp32, as published, and 12 GB of the rest; 5B: 34 GB in all), has the page cache forget it, then starts one
+process a GPU by torchrun, which does what a node's ranks do: load, warm up, make a video. `--again` does the
+last part once more on what is in memory by then. `--tiny` rehearses it on a CPU.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks._disk import cached, drop, filesystem, in_memory
-from benchmarks._node_model import prompt_of, rehearsed
+from benchmarks._node_model import picture, prompt_of, rehearsed
 from benchmarks._node_parts import video
 from benchmarks._random_model import FULL, RandomState, Shape, fill, meta_parts
 from benchmarks._sections import write_json
@@ -43,17 +43,19 @@ def write(folder: Path, shape: Shape) -> dict[str, Any]:
     """The checkpoint with random weights; its gigabytes and seconds."""
     began = time.perf_counter()
     _, vae, text = meta_parts(shape)
-    fill(vae, CPU, torch.float32)
-    fill(text.umt5, CPU, torch.bfloat16)
-    experts = RandomState(shape.dit, torch.device("cuda") if torch.cuda.is_available() else CPU)
+    device = torch.device("cuda") if torch.cuda.is_available() else CPU
+    fill(vae, device, torch.float32)
+    fill(text.umt5, device, torch.bfloat16)
+    experts = RandomState(shape.dit, device)
     reel = asdict(shape.facts) | {"sizes": ["{}*{}".format(*size) for size in shape.facts.sizes]}
     write_checkpoint(
-        folder, dit=shape.dit, task=shape.facts.task, high=experts, low=experts, vae=vae.state_dict(),
+        folder, dit=shape.dit, task=shape.facts.task, high=experts,
+        low=experts if shape.experts > 1 else None, vae=vae.state_dict(),
         vae_kind=shape.vae.kind, umt5=text.umt5.state_dict(), tokenizer=text.tokenizer, reel=reel,
         shards=SHARDS,
     )  # fmt: skip
     size = sum(path.stat().st_size for path in weights(folder)) / 1e9
-    (folder / WHOLE).write_text(f"{size}")
+    (folder / WHOLE).write_text(shape.facts.name)
     return {"gigabytes": size, "seconds": time.perf_counter() - began}
 
 
@@ -81,7 +83,8 @@ def serve_one(folder: Path, started: float, out: Path, steps: int | None) -> Non
     milestones["loaded"] = time.time() - started
     warm_up(pipeline)
     milestones["warm"] = time.time() - started
-    request = resolve(pipeline.spec, prompt_of(128), seed=1, sampling_steps=steps)
+    more = {"image": picture(pipeline.spec.sizes[0])} if pipeline.spec.task == "i2v" else {}
+    request = resolve(pipeline.spec, prompt_of(128), seed=1, sampling_steps=steps, **more)
     made = video(pipeline, request)
     milestones["first video"] = time.time() - started
     if dist.get_rank() == 0:
@@ -110,8 +113,9 @@ def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument(
-        "--folder", type=Path, required=True, help="for the checkpoint; some 130 GB on a disk"
+        "--folder", type=Path, required=True, help="for the checkpoint; some 130 GB on a disk (5B: 34)"
     )
+    parser.add_argument("--model", choices=["A14B", "I2V", "5B"], default="A14B")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--sampling-steps", type=int, help="of the video; the model's default unless given")
     parser.add_argument("--again", action="store_true", help="start once more, on a filled page cache")
@@ -129,9 +133,12 @@ def main(given: Sequence[str] | None = None) -> None:
         "filesystem": filesystem(folder if folder.exists() else folder.parent),
         "in_memory": in_memory(folder if folder.exists() else folder.parent),
     }  # fmt: skip
+    shape = rehearsed(arguments.model) if arguments.tiny else FULL[arguments.model]
+    document["model"] = shape.facts.name
     if not (folder / WHOLE).exists():
-        shape = rehearsed("A14B") if arguments.tiny else FULL["A14B"]
         document["written"] = write_apart(folder, shape)
+    elif (there := (folder / WHOLE).read_text()) != shape.facts.name:
+        sys.exit(f"{folder} has {there!r}, {shape.facts.name} was asked for: name another folder")
     document["cold"] = start(folder, arguments.gpus, arguments.sampling_steps, cold=True)
     if arguments.again:
         document["again"] = start(folder, arguments.gpus, arguments.sampling_steps, cold=False)

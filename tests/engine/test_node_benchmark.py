@@ -66,8 +66,10 @@ def test_a_rehearsal_gives_every_figure(tmp_path: Path) -> None:
     assert row["exposed_ms"] == pytest.approx(row["ms"] - row["without_transfers_ms"])
 
 
+@pytest.mark.parametrize("model", ["A14B", "I2V", "5B"])
 def test_a_cold_start_writes_loads_and_serves(
     world_of_one: dist.ProcessGroup,
+    model: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -79,13 +81,17 @@ def test_a_cold_start_writes_loads_and_serves(
 
     monkeypatch.setattr(cold_start.subprocess, "run", here)
     monkeypatch.setattr(Mesh, "close", lambda self: None)  # the world is the fixture's
-    cold_start.main(["--tiny", "--gpus", "1", "--folder", str(tmp_path / "w"), "--sampling-steps", "1"])
+    words = ["--tiny", "--gpus", "1", "--folder", str(tmp_path / "w"), "--sampling-steps", "1"]
+    cold_start.main([*words, "--model", model])
     found = json.loads(capsys.readouterr().out)
     assert found["written"]["gigabytes"] > 0
+    assert model in found["model"]
     times = found["cold"]["seconds_to"]
     assert [*times] == ["ranks joined", "loaded", "warm", "first video"]
     assert [*times.values()] == sorted(times.values())
     assert found["cold"]["video"]["steps"] == 1
+    with pytest.raises(SystemExit, match="name another folder"):
+        cold_start.main([*words, "--model", "A14B" if model == "5B" else "5B"])
     if not found["in_memory"]:
         assert found["cold"]["share_in_page_cache"] == 0
 
