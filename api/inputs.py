@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
 from jobs.job import DEFAULT_WEBHOOK_EVENTS, Priority, WebhookEvent
-from jobs.requests import NUMBER_MAX, PROMPT_MAX, SEED_MAX, VideoRequestIn
+from jobs.requests import NUMBER_MAX, PROMPT_MAX, SEED_MAX, SHIFT_MIN, VideoRequestIn
 
 DEADLINE_MAX = 30 * 86_400  # seconds
 METADATA_MAX = 16  # entries
@@ -72,7 +72,7 @@ EXPECTED: Mapping[str, str] = {
     "model": "a model's name, as `GET /v1/models` lists them",
     "size": 'a text "width*height", such as "1280*720"',
     "frame_num": "a whole number 4n+1, such as 81",
-    "shift": f"a number above 0, at most {NUMBER_MAX:g}",
+    "shift": f"a number from {SHIFT_MIN:g} to {NUMBER_MAX:g}",
     "sampling_steps": "a whole number from 1",
     "guide_scale": f"a number from 0 to {NUMBER_MAX:g}, or a pair [low-noise, high-noise] of them",
     "seed": "a whole number from 0 to 2^63-1",
@@ -150,7 +150,7 @@ def job_schema() -> dict[str, Any]:
         "model": {"examples": ["wan2.2-t2v-a14b"]},
         "size": {"pattern": r"^\d+\*\d+$", "examples": ["1280*720"]},
         "frame_num": {"minimum": 1, "examples": [81]},
-        "shift": {"exclusiveMinimum": 0, "maximum": NUMBER_MAX, "examples": [12.0]},
+        "shift": {"minimum": SHIFT_MIN, "maximum": NUMBER_MAX, "examples": [12.0]},
         "sampling_steps": {"minimum": 1, "examples": [40]},
         "seed": {"minimum": 0, "maximum": SEED_MAX, "examples": [42]},
         "sample_solver": {"enum": ["unipc", "dpm++"]},

@@ -11,6 +11,7 @@ from api.problem import shorten
 from api.schemas import JOB_ID
 from jobs.errors import FieldProblem
 from jobs.job import Job, JobState, ModelCard
+from jobs.requests import SHIFT_MIN
 
 STATUS: Mapping[JobState, Literal["queued", "in_progress", "completed", "failed"]] = {
     JobState.QUEUED: "queued",
@@ -92,7 +93,7 @@ _FIELDS: dict[str, Any] = {
     "negative_prompt": {"type": "string", "maxLength": 2000},
     "sampling_steps": {"type": "integer", "minimum": 1},
     "guide_scale": {"type": "number", "minimum": 0, "maximum": 100},
-    "shift": {"type": "number", "exclusiveMinimum": 0, "maximum": 100},
+    "shift": {"type": "number", "minimum": SHIFT_MIN, "maximum": 100},
     "sample_solver": {"enum": ["unipc", "dpm++"]},
 }
 _SCHEMA = {"type": "object", "required": ["prompt"], "properties": _FIELDS, "additionalProperties": False}

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from engine.attention import Attend, AttentionRun, Sequence
-from engine.config import LoraUse
 from engine.dit_block import Block
 from engine.fused import SEND_ORDER, Stream
 from engine.kept_attention import attend_in_turns
@@ -89,9 +88,9 @@ class EightBitBlocks:
         self.attention = True
         self.held: dict[Block, Weights] = {}  # of blocks that have no others
         self._weights: dict[Block, Weights] = {}
-        self._loras: tuple[LoraUse, ...] = ()
+        self._loras: object = ()
 
-    def refresh(self, loras: tuple[LoraUse, ...]) -> None:
+    def refresh(self, loras: object) -> None:
         """Forget weights that were quantised with other LoRAs in them."""
         if loras != self._loras:
             self._weights.clear()

@@ -66,7 +66,7 @@ class EightBitMode:
             return
         loras = self.pipeline.loras
         blocks = self._blocks(parts)
-        blocks.refresh(() if loras is None else loras.current)
+        blocks.refresh(() if loras is None else loras.merged)
         blocks.attention = parts.attention
         plain, self.pipeline.sequence = self.pipeline.sequence, self.sequence
         self._parts, self._now = parts, self._chosen(parts)

@@ -21,6 +21,7 @@ from engine.parallel.collectives import all_gather
 from engine.parallel.mesh import Mesh
 from engine.presets import Preset
 
+Merged = tuple[tuple[LoraUse, tuple[int, int]], ...]
 log = logging.getLogger(__name__)
 
 
@@ -48,8 +49,14 @@ class Loras:
     def __init__(self, folder: LoraFolder, high: DiT, low: DiT | None, mesh: Mesh) -> None:
         self.folder, self.mesh = folder, mesh
         self.experts = {"high": high} if low is None else {"high": high, "low": low}
-        self.current: tuple[LoraUse, ...] = ()
+        # Each with its file's stamp; None while they change, and after a change that could not be undone.
+        self.merged: Merged | None = ()
         self._kept: list[_Kept] = []
+
+    @property
+    def current(self) -> tuple[LoraUse, ...]:
+        """What the experts carry."""
+        return tuple(use for use, _ in self.merged or ())
 
     def check(self, uses: tuple[LoraUse, ...]) -> None:
         """Raise RequestError for a LoRA that isn't in the folder, or an expert that isn't in the model."""
@@ -59,23 +66,28 @@ class Loras:
                 raise RequestError("loras", use.expert, ", ".join(("both", *self.experts)))
 
     def use(self, uses: tuple[LoraUse, ...]) -> None:
-        """Have the experts carry exactly these; a collective call. Raises RequestError."""
-        if uses == self.current:
+        """Have the experts carry exactly these files; a collective call. Raises RequestError."""
+        if not uses and self.merged == ():
             return
         self.check(uses)
+        wanted = tuple((use, self.folder.stamp(use.name)) for use in uses)
+        if not self.mesh.anyone(wanted != self.merged):
+            return
         began = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad():
             # Two experts may still be changing places on a stream of their own.
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
+            self.merged = None
             self._restore()
             try:
                 for name, expert in self.experts.items():
                     self._merge(expert, [use for use in uses if use.expert in ("both", name)])
             except BaseException:
                 self._restore()
+                self.merged = ()
                 raise
-        self.current = uses
+        self.merged = wanted
         names = ", ".join(f"{use.name} ({use.expert}, {use.strength:g})" for use in uses) or "none"
         log.info("LoRAs now: %s; took %.2f s", names, time.perf_counter() - began)
 
@@ -117,7 +129,6 @@ class Loras:
             self.mesh.beat()
             self._kept[-1].restore()
             self._kept.pop()
-        self.current = ()
 
 
 def distilled(preset: Preset | None) -> tuple[LoraUse, ...]:

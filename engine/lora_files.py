@@ -97,6 +97,11 @@ class LoraFolder:
             raise RequestError("loras", name, f"a file in {self.folder}; this one links out of it")
         return path
 
+    def stamp(self, name: str) -> tuple[int, int]:
+        """What changes when a LoRA's file is replaced. Raises RequestError as `path` does."""
+        found = self.path(name).stat()
+        return found.st_mtime_ns, found.st_size
+
 
 def read_lora(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Change]:
     """A file's changes by our tensor names; `shapes` are the expert's tensors.

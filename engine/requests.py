@@ -8,6 +8,7 @@ from engine.errors import RequestError
 from engine.presets import LOSSLESS, allowed, find
 
 MAX_STEPS = 1000
+SHIFT_MIN = 0.01  # with the smallest numbers rounding leaves no schedule
 MAX_STRENGTH = 10.0  # of a LoRA, either sign
 MAX_LORAS = 8
 
@@ -72,8 +73,8 @@ def check(request: GenerationRequest, spec: ModelSpec) -> None:
         raise RequestError("frame_num", request.frame_num, f"{stride}n+1, from 1 to {spec.max_frame_num}")
     if not 1 <= request.sampling_steps <= MAX_STEPS:
         raise RequestError("sampling_steps", request.sampling_steps, f"1 to {MAX_STEPS}")
-    if not 0 < request.shift <= 100:
-        raise RequestError("shift", request.shift, "above 0, at most 100")
+    if not SHIFT_MIN <= request.shift <= 100:
+        raise RequestError("shift", request.shift, f"{SHIFT_MIN:g} to 100")
     if not all(0 <= guide <= 100 for guide in request.guide_scale):
         raise RequestError("guide_scale", request.guide_scale, "0 to 100")
     if not 0 <= request.seed < 2**63:

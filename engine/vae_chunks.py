@@ -2,7 +2,8 @@
 
 Each norm undoes any factor of its input, so a decoder whose residual stream is a power of two smaller
 computes the same: where a chunk comes out with infinities or NaN, it is decoded again so (`scaled_down`), and
-the rest of the video with it.
+the rest of the video with it. By much more than 2^-6 weights and ordinary pixels would be denormals, so what
+is still beyond fp16 then is decoded in bfloat16, which is coarser and has the range.
 
 Shapes: B batch, C channels, T frames, F latent frames, H rows, W columns.
 """
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SMALLER = 2.0**-6  # how much the residual stream shrinks at each try
-TRIES = 4  # 1 and three times smaller: 2^18 times fp16's range
+SMALLER = 2.0**-6  # how much the residual stream shrinks at the second try
+TRIES = 3
 
 
 def scaled_down(decoder: "Decoder", factor: float) -> "Decoder":
@@ -74,22 +75,27 @@ def decode(
 
     recordings: where chunks are to be replayed as CUDA graphs, the ones that were made so far.
     """
-    done = 0
+    done, dtype = 0, z_BCFHW.dtype
     for attempt in range(TRIES):
-        factor = SMALLER**attempt
-        fused = FusedDecoder(scaled_down(decoder, factor) if attempt else decoder, space)
+        fused = FusedDecoder(_attempt(decoder, attempt), space)
         chunks: Chunks = fused if recordings is None or attempt else recordings.of(fused, z_BCFHW)
-        for frames in checked(chunks, z_BCFHW, skip=done, last=attempt == TRIES - 1):
+        last = attempt == TRIES - 1
+        for frames in checked(chunks, z_BCFHW.bfloat16() if last else z_BCFHW, skip=done, last=last):
             if frames is None:
-                log.warning(
-                    "latent frame %d of %d left fp16's range in the VAE: decoded again with a residual "
-                    "stream %g times as large", done + 1, z_BCFHW.shape[2], factor * SMALLER
-                )  # fmt: skip
+                how = "in bfloat16" if attempt else f"with a residual stream {SMALLER:g} times as large"
+                log.warning("latent frame %d of %d left fp16's range in the VAE: decoded again %s",
+                            done + 1, z_BCFHW.shape[2], how)  # fmt: skip
                 break
-            yield frames
+            yield frames.to(dtype)
             done += 1
         else:
             return
+
+
+def _attempt(decoder: "Decoder", attempt: int) -> "Decoder":
+    if attempt == 0:
+        return decoder
+    return scaled_down(decoder, SMALLER) if attempt == 1 else copy.deepcopy(decoder).bfloat16()
 
 
 def checked(chunks: Chunks, z_BCFHW: Tensor, skip: int, last: bool) -> Iterator[Tensor | None]:

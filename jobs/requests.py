@@ -14,6 +14,7 @@ from jobs.quality import LOSSLESS, PresetCard, expected, find
 PROMPT_MAX = 2000  # characters
 SEED_MAX = 2**63 - 1
 SEED_RANDOM = 2**53  # random seeds stay below: JavaScript would round a larger one
+SHIFT_MIN = 0.01  # far below any in use; with the smallest numbers rounding leaves no schedule
 NUMBER_MAX = 100.0  # of shift and guide_scale: far above any use, far below overflow
 LORAS_MAX = 8  # in one request
 GOT_MAX = 80  # characters of a wrong value that an error repeats
@@ -50,7 +51,7 @@ class VideoRequestIn(BaseModel):
         None
     )
     frame_num: Annotated[StrictInt | None, Field(description="Frames, 4n+1.")] = None
-    shift: Annotated[Number | None, Field(description="Timestep shift, above 0.")] = None
+    shift: Annotated[Number | None, Field(description="Timestep shift, 0.01 to 100.")] = None
     sampling_steps: Annotated[StrictInt | None, Field(description="Denoising steps.")] = None
     guide_scale: Annotated[
         Number | tuple[Number, Number] | None,
@@ -154,8 +155,8 @@ def _check(
         "shift": check.value(
             "shift",
             preset.shift or card.default_shift,
-            lambda v: 0 < v <= NUMBER_MAX,
-            f"above 0, at most {NUMBER_MAX:g}",
+            lambda v: SHIFT_MIN <= v <= NUMBER_MAX,
+            f"{SHIFT_MIN:g} to {NUMBER_MAX:g}",
         ),
         "sampling_steps": check.value(
             "sampling_steps",

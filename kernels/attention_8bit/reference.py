@@ -42,6 +42,12 @@ def mean_over_tokens(k_BTHK: Tensor) -> Tensor:
     return k_BTHK.mean(1, dtype=torch.float32)
 
 
+def _scale(largest: Tensor, number: float) -> Tensor:
+    """What maps `largest` to `number`; NaN where it isn't finite, as the numbers themselves can't tell."""
+    scale = torch.where(largest > 0, largest / number, torch.ones_like(largest))
+    return torch.where(largest.isfinite(), scale, torch.nan)
+
+
 def quantize_blocks(x_BLHK: Tensor, mean_BHK: Tensor | None, block: int) -> Blocks:
     """(x - mean) over the largest magnitude of each block of tokens, rounded to the nearest int8."""
     x = x_BLHK.transpose(1, 2).float()
@@ -50,7 +56,7 @@ def quantize_blocks(x_BLHK: Tensor, mean_BHK: Tensor | None, block: int) -> Bloc
     length = x.shape[2]
     x = torch.unflatten(F.pad(x, (0, 0, 0, -length % block)), 2, (-1, block))
     largest = x.abs().amax((3, 4))
-    scale = torch.where(largest > 0, largest / 127.0, torch.ones_like(largest))
+    scale = _scale(largest, 127.0)
     scaled = x / scale[..., None, None]
     rounded = (scaled + torch.where(scaled < 0, -0.5, 0.5)).to(torch.int8)  # towards zero after half a step
     return Blocks(rounded.flatten(2, 3)[:, :, :length].contiguous(), scale)
@@ -58,8 +64,7 @@ def quantize_blocks(x_BLHK: Tensor, mean_BHK: Tensor | None, block: int) -> Bloc
 
 def largest_by_channel(v_BTHK: Tensor) -> Tensor:
     """The scale of each channel of v: [B, H, K] fp32."""
-    largest = v_BTHK.abs().amax(1).float()
-    return torch.where(largest > 0, largest / LARGEST, torch.ones_like(largest))
+    return _scale(v_BTHK.abs().amax(1).float(), LARGEST)
 
 
 def quantize_channels(v_BTHK: Tensor) -> Channels:

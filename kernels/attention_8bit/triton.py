@@ -56,7 +56,8 @@ def _blocks_kernel(
         x -= tl.load(mean_ptr + place * K + col)[None, :]
     x = tl.where(valid, x, 0.0)
     largest = tl.max(tl.max(tl.abs(x), axis=1), axis=0)
-    scale = tl.where(largest > 0, largest / 127.0, 1.0)
+    # The last sum is 0, or NaN where x isn't finite: int8 can't tell, and `max` passes NaN over.
+    scale = tl.where(largest > 0, largest / 127.0, 1.0) + tl.sum(tl.sum(x * 0.0, axis=1), axis=0)
     scaled = x / scale
     rounded = (scaled + tl.where(scaled < 0, -0.5, 0.5)).to(tl.int8)
     out = (place.to(tl.int64) * length + row)[:, None] * K + col[None, :]

@@ -20,7 +20,8 @@ def quantize_rows(x: Tensor) -> Rows:
     """Each row of x [..., K] over its largest magnitude, rounded to the nearest e4m3."""
     x = x.float()
     largest = x.abs().amax(-1)
-    scale = torch.where(largest > 0, largest / LARGEST, torch.ones_like(largest))
+    scale = largest / LARGEST
+    scale = torch.where(scale == 0, 1.0, scale)  # also of a row whose largest is a denormal
     return Rows((x / scale[..., None]).clamp(-LARGEST, LARGEST).to(E4M3), scale)
 
 

@@ -21,6 +21,7 @@ DEFAULT = {"block": 2048, "warps": 4}
 @triton.jit
 def _put(out_ptr, at, frame, frames, ot, y, valid, C: tl.constexpr, SPREAD: tl.constexpr):
     """Store joined frame `frame`: at its place, or spread to the three that look at it."""
+    ot = tl.cast(ot, tl.int64)  # three frames side by side pass 2^31 values from some 2560x1440 on
     if SPREAD:
         for slot in tl.static_range(3):
             if (frame >= slot) & (frame < frames + slot):

@@ -14,11 +14,13 @@ from diffusers.loaders.lora_conversion_utils import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from engine.attention import sdpa
 from engine.config import LoraUse
 from engine.dit import DiT
+from engine.eight_bit import EightBitBlocks, Switch
 from engine.errors import RequestError
 from engine.load import load_pipeline
-from engine.lora import Loras
+from engine.lora import Loras, _Kept
 from engine.lora_files import LoraFolder, read_lora
 from engine.parallel.mesh import Mesh
 from engine.pipeline import Pipeline
@@ -204,6 +206,59 @@ def test_what_fails_in_the_middle_leaves_no_trace(
             run(bf16, LoraUse("style"))
     assert all(torch.equal(a, b) for a, b in zip(weights(bf16), before, strict=True))
     assert np.array_equal(run(bf16), plain)
+
+
+def test_what_could_not_be_undone_is_undone_by_the_next_request(
+    bf16: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A merge that fails, and its way back too; then a request without any LoRA."""
+    before = weights(bf16)
+    assert bf16.loras is not None
+    merging, restoring = bf16.loras._change, _Kept.restore
+
+    def change(*arguments: object) -> None:
+        merging(*arguments)  # type: ignore[arg-type]
+        raise torch.OutOfMemoryError("7 GiB")
+
+    def restore(self: _Kept) -> None:
+        raise torch.OutOfMemoryError("8 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bf16.loras, "_change", change)
+        patch.setattr(_Kept, "restore", restore)
+        with pytest.raises(Exception, match="8 GiB"):
+            run(bf16, LoraUse("style"))
+    assert not all(torch.equal(a, b) for a, b in zip(weights(bf16), before, strict=True))
+    assert restoring is _Kept.restore
+    run(bf16)
+    assert all(torch.equal(a, b) for a, b in zip(weights(bf16), before, strict=True))
+
+
+def test_a_file_that_is_replaced_counts_from_the_next_request(bf16: Pipeline, pipeline: Pipeline) -> None:
+    """Under the same name; for the weights that were quantised with the old one in them, too."""
+    assert bf16.loras is not None
+    path, expert = bf16.loras.folder.path("style"), bf16.high
+    eight, block = EightBitBlocks(Switch(sdpa), keep_weights=True), bf16.high.blocks[0]
+    old = path.read_bytes()
+
+    def off() -> float:
+        """How far the quantised q is from the merged one."""
+        assert bf16.loras is not None
+        eight.refresh(bf16.loras.merged)
+        q = expert.blocks[0].self_attn.q.weight.float()
+        return relative(eight.weights(block).qkv.float()[: len(q)], q)
+
+    try:
+        bf16.loras.use((LoraUse("style", 3.0),))
+        assert off() < 0.05
+        merged = weights(bf16)
+        write_lora(path, pipeline.high, seed=77)
+        bf16.loras.use((LoraUse("style", 3.0),))
+        assert not all(torch.equal(a, b) for a, b in zip(weights(bf16), merged, strict=True))
+        assert off() < 0.05
+    finally:
+        path.write_bytes(old)
+        bf16.loras.use(())
 
 
 def wrong(pipeline: Pipeline, use: LoraUse) -> str:

@@ -159,6 +159,7 @@ def test_another_error_is_not_taken_for_memory(pipeline: Pipeline, monkeypatch: 
         ("frame_num", {"frame_num": -3}),
         ("sampling_steps", {"sampling_steps": 0}),
         ("shift", {"shift": 0.0}),
+        ("shift", {"shift": 1e-15}),
         ("guide_scale", {"guide_scale": (-1.0,)}),
         ("guide_scale", {"guide_scale": (1.0, 2.0, 3.0)}),
         ("seed", {"seed": -1}),

@@ -95,6 +95,31 @@ def test_fp16_range_is_guarded(
     assert caplog.text.count("left fp16's range") == again
 
 
+def test_beyond_what_a_smaller_stream_holds_bf16_decodes(
+    generator: torch.Generator, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One wild latent pixel through an outlier channel, 2^11 times it: finite, and right to bf16's precision.
+
+    Weights are as small as a real checkpoint's: 2^-12 of them is nothing in fp16.
+    """
+    vae = make_vae(generator, "2.1")
+    with torch.no_grad():
+        for name, weight in vae.decoder.named_parameters():
+            if weight.ndim > 3 and "head" not in name:
+                weight.mul_(0.01 / weight.std())
+        vae.decoder.conv1.weight[0] = 0
+        vae.decoder.conv1.weight[0, :, :, 1, 1] = 2.0**11
+    latents = torch.randn(1, 4, 2, 2, 6, generator=generator)
+    latents[..., -1, -1] = latents[..., -1, -1].sign() * 1e4
+    with torch.inference_mode():
+        want = vae.decode(latents)
+        with caplog.at_level(logging.WARNING):
+            got = half_precision(vae, latents)
+    print(f"relative error {relative(got, want):.2e}; {caplog.text}")
+    assert "decoded again in bfloat16" in caplog.text
+    assert relative(got, want) < 2e-2
+
+
 def test_latents_that_are_not_finite_end(
     generator: torch.Generator, caplog: pytest.LogCaptureFixture
 ) -> None:

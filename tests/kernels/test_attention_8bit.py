@@ -35,6 +35,26 @@ def test_the_kernel_is_its_emulation(
     assert relative_error(got, want) < 6e-3
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("operand", ["q", "k", "v"])
+@pytest.mark.parametrize("way", ["kernel", "emulation"])
+def test_what_is_not_finite_stays_so(seed: int, device: torch.device, way: str, operand: str, bad: float):
+    """Integers know no NaN. A broken weight must not become a finite, wrong video."""
+    from kernels.attention_8bit import triton
+
+    given = dict(zip("qkv", inputs(device, 1, 40, 40, 2, 16), strict=True))
+    given[operand][0, 5, 1, 3] = bad
+    want = exact.attention(*given.values())
+    if way == "kernel":
+        got = triton.attention(*given.values(), triton.Tile(m=16, n=32, warps=4, stages=2))
+    else:
+        got = reference.attention(*given.values(), 16, 32)
+    lost = ~want.isfinite()
+    assert lost.any()
+    assert not got[lost].isfinite().any()
+    assert got[:, :, 0].isfinite().all(), "the other head"
+
+
 @pytest.mark.parametrize("length", [1, 16, 45])
 def test_quantised_operands(seed: int, device: torch.device, length: int):
     from kernels.attention_8bit import triton
