@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from anyio import to_thread
 from fastapi.concurrency import run_in_threadpool
 
 from api.errors import invalid
@@ -66,8 +67,9 @@ async def store_from_url(svc: Services, key: ApiKey, url: str) -> UploadOut:
 async def _keep(svc: Services, key: ApiKey, image: CleanImage) -> UploadOut:
     name = new_id("img")
     path = storage_key(key.id, name)
+    await run_in_threadpool(svc.storage_check.demand)
     await run_in_threadpool(svc.uploads.add, path)  # first, so that the sweeper knows of every file
-    await run_in_threadpool(svc.storage.put_bytes, path, image.png, "image/png")
+    await to_thread.run_sync(svc.storage.put_bytes, path, image.png, "image/png", limiter=svc.uploading)
     return UploadOut(
         id=name, width=image.width, height=image.height, bytes=len(image.png), content_type="image/png"
     )

@@ -44,6 +44,7 @@ class Metrics:
         )
         self.nodes = Gauge("reel_nodes", "Nodes by state.", ["state"], registry=self.registry)
         self.store_up = Gauge("reel_store_up", "1 when Redis answered this scrape.", registry=self.registry)
+        self.storage_up = Gauge("reel_storage_up", "1 when S3 answered lately.", registry=self.registry)
 
     def request(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count one answered request."""

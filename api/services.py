@@ -3,10 +3,12 @@
 from dataclasses import dataclass, field
 from threading import Event
 
+from anyio import CapacityLimiter
 from fastapi import Request
 
 from api.metrics import Metrics
 from api.rate import RateLimiter
+from api.storage_check import StorageCheck
 from api.watch import Watcher
 from jobs.client import AsyncRedisClient, RedisClient, connect, connect_async
 from jobs.endpoints import EndpointStore
@@ -18,6 +20,8 @@ from jobs.settings import Settings
 from jobs.storage import ObjectStore
 from jobs.store import JobStore
 from jobs.uploads import UploadIndex
+
+UPLOADS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,14 @@ class Services:
     forecast: Forecast
     outbox: Outbox
     storage: ObjectStore
+    quick_storage: ObjectStore  # for what need not succeed
+    storage_check: StorageCheck
     uploads: UploadIndex
     rate: RateLimiter
     metrics: Metrics
     watcher: Watcher
+    # Uploads wait for each other, so that an S3 that hangs keeps few of the server's threads.
+    uploading: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(UPLOADS_AT_ONCE))
     stopping: Event = field(default_factory=Event)  # set at SIGTERM: streams end, waits return
 
 
@@ -51,6 +59,7 @@ def secret_text(settings: Settings) -> str:
 def open_services(settings: Settings, metrics: Metrics) -> Services:
     """Build all clients. Connects to nothing yet: a Redis that is away shows in /readyz and as 503."""
     client, aclient = connect(settings), connect_async(settings)
+    quick = ObjectStore(settings, quick=True)
     jobs, nodes = JobStore(client, settings), NodeRegistry(client)
     return Services(
         settings=settings,
@@ -63,6 +72,8 @@ def open_services(settings: Settings, metrics: Metrics) -> Services:
         forecast=Forecast(jobs, nodes),
         outbox=Outbox(client, settings),
         storage=ObjectStore(settings),
+        quick_storage=quick,
+        storage_check=StorageCheck(quick.ready, settings.s3_bucket),
         uploads=UploadIndex(client, settings),
         rate=RateLimiter(client, settings),
         metrics=metrics,

@@ -1,6 +1,7 @@
 """``/v1/jobs``: submit, read, list, cancel, delete."""
 
 import re
+from contextlib import suppress
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
@@ -16,7 +17,7 @@ from api.services import Services
 from api.submit import submit_job
 from api.views import base_url, etagged, job_view, json_response, show
 from api.waiting import Prefer, wait_for_change, wait_for_end
-from jobs.errors import FieldProblem, IllegalTransition, JobNotFound
+from jobs.errors import FieldProblem, IllegalTransition, JobNotFound, StorageUnavailable
 from jobs.job import Job, JobState
 from jobs.keys import ApiKey
 
@@ -196,11 +197,13 @@ def delete(svc: ServicesDep, key: SubmitKey, job_id: JobId) -> Response:
 
 
 def remove(svc: Services, job: Job) -> None:
-    """Delete the record, then the files: a file that stays behind is found again by its job's prefix."""
+    """Delete the record, then the files, if S3 answers; a sweep removes what stays behind."""
     if not job.terminal:
         raise IllegalTransition(job.id, job.state.value, "deleted; cancel it first")
     svc.jobs.delete(job.id)
-    svc.storage.delete_prefix(f"jobs/{job.id}/")
+    if svc.storage_check.look().ok:
+        with suppress(StorageUnavailable):
+            svc.quick_storage.delete_prefix(f"jobs/{job.id}/")
 
 
 @router.post(
