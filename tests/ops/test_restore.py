@@ -87,8 +87,11 @@ def turn_aof_on(server: RedisServer) -> None:
         until(done, 20, "the first AOF")
 
 
-def test_redis_passwords_rotate_without_a_break(tmp_path: Path) -> None:
-    """--rotate, ACL LOAD, restart the role, --finish, ACL LOAD: a node works through all of it."""
+@pytest.mark.parametrize("role", make_secrets.ROLES)
+def test_redis_passwords_rotate_without_a_break(role: str, tmp_path: Path) -> None:
+    """--rotate, ACL LOAD, restart the role, --finish, ACL LOAD: the role works through all of it, and so do
+    the commands of operations.md and Redis' health check, which log in as `ops` by its file.
+    """
     secrets = tmp_path / "secrets"
     make_secrets.make(secrets)
     users = secrets / "users.acl"  # here the default user stays, for the helper that starts the server
@@ -96,26 +99,38 @@ def test_redis_passwords_rotate_without_a_break(tmp_path: Path) -> None:
         users, users.read_text().replace("default off nopass nocommands", "default on nopass ~* +@all")
     )
     with redis_server("--aclfile", str(users)) as plain:
-        admin = redis_package.Redis.from_url(plain.url)
-        before = as_role("node", plain, secrets)
-        store = JobStore(before, Settings())
+
+        def acl_load() -> None:
+            for command in ("PING", "ACL LOAD", "PING"):
+                assert as_role("ops", plain, secrets).execute_command(*command.split())
+
+        before = as_role(role, plain, secrets)
+        old = (secrets / f"redis_url_{role}").read_text()
         run = [sys.executable, str(ROOT / "infra/docker/make_secrets.py"), str(secrets)]
-        subprocess.run([*run, "--rotate", "node"], check=True, capture_output=True)
-        admin.execute_command("ACL", "LOAD")
-        assert store.claim("tiny", "n1") is None  # the old password still works, on a new connection too
-        before.connection_pool.disconnect()
-        assert store.claim("tiny", "n1") is None
-        after = as_role("node", plain, secrets)
-        assert JobStore(after, Settings()).claim("tiny", "n2") is None
-        subprocess.run([*run, "--finish", "node"], check=True, capture_output=True)
-        admin.execute_command("ACL", "LOAD")
-        after.connection_pool.disconnect()
-        assert JobStore(after, Settings()).claim("tiny", "n2") is None
+        subprocess.run([*run, "--rotate", role], check=True, capture_output=True)
+        acl_load()
+        works(before, role)  # the old password still does, on a new connection too
+        after = as_role(role, plain, secrets)
+        works(after, role)
+        subprocess.run([*run, "--finish", role], check=True, capture_output=True)
+        acl_load()
+        assert (secrets / f"redis_url_{role}").read_text() != old
+        works(as_role(role, plain, secrets), role)
+        if role != "ops":  # nothing runs as `ops`, so its file is what changes last
+            works(after, role)
         before.connection_pool.disconnect()
         with pytest.raises(Exception, match=r"(?i)WRONGPASS|invalid username"):
             before.execute_command("PING")
         assert users.read_text().count(">") == len(make_secrets.ROLES)
         assert oct(users.stat().st_mode)[-3:] == "444"
+
+
+def works(client: Any, role: str) -> None:
+    """It logs in anew, and a node claims."""
+    client.connection_pool.disconnect()
+    assert client.execute_command("PING")
+    if role == "node":
+        assert JobStore(client, Settings()).claim("tiny", "n1") is None
 
 
 def as_role(role: str, server: RedisServer, secrets: Path) -> Any:
