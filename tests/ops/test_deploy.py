@@ -91,6 +91,8 @@ def check_compose(compose: dict[str, Any]) -> None:
             field = key.removeprefix("REEL_").removesuffix("_FILE").lower()
             assert not key.startswith("REEL_") or field in Settings.model_fields, f"{name}: no setting {key}"
     assert compose["networks"]["inside"]["internal"]
+    # An Alertmanager is elsewhere, and from an internal network alone it would never be reached.
+    assert "outside" in compose["services"]["prometheus"]["networks"]
 
 
 def test_compose() -> None:
@@ -108,6 +110,7 @@ def test_compose() -> None:
         lambda c: c["services"]["api"]["build"].update(target="apy"),
         lambda c: c["services"]["s3"].pop("healthcheck"),
         lambda c: c["networks"]["inside"].update(internal=False),
+        lambda c: c["services"]["prometheus"].update(networks=["inside"]),
         lambda c: c["services"]["celery-beat"].pop("env_file"),
         lambda c: c["services"]["node-gpu"]["env_file"].pop(),
         lambda c: c["services"]["api"]["env_file"].reverse(),
