@@ -83,7 +83,7 @@ def documented(heading: str) -> list[str]:
     """The programs that the section's commands hand to Redis' container."""
     page = (ROOT / "docs/operations.md").read_text()
     (block,) = re.findall(rf"\n### {heading}\n.*?```\n(.*?)```", page, flags=re.DOTALL)[:1]
-    return re.findall(r"docker compose (?:exec|run [^']*) redis sh -ec '([^']*)'", block)
+    return re.findall(r"docker compose (?:exec|run) [^']*redis sh -ec '([^']*)'", block)
 
 
 def test_the_documented_backup_and_restore_work_word_by_word(tmp_path: Path) -> None:
