@@ -114,23 +114,32 @@ def write(path: Path, text: str) -> None:
 
 
 def rotate(folder: Path, role: str) -> None:
-    """Give a role's Redis user a new password beside its old one, and its URL the new one."""
-    acl, url = folder / "users.acl", folder / f"redis_url_{role}"
-    new = secrets.token_hex(24)
-    users = re.sub(rf"^(user {role} on) ", rf"\1 >{new} ", acl.read_text(), flags=re.MULTILINE)
-    address = re.sub(r"(?<=//)[^@]*(?=@)", f"{role}:{new}", url.read_text())
-    write(acl, users)
-    write(url, address)
+    """Give a role's Redis user a new password beside its old one, and its URL the new one.
+
+    `ops` keeps its URL until `finish`: by that Redis is told to read the new password (ACL LOAD).
+    """
+    acl, new = folder / "users.acl", secrets.token_hex(24)
+    write(acl, re.sub(rf"^(user {role} on) ", rf"\1 >{new} ", acl.read_text(), flags=re.MULTILINE))
+    if role != "ops":
+        set_password(folder, role, new)
 
 
 def finish(folder: Path, role: str) -> None:
-    """Leave a role's Redis user no password but the one in its URL."""
-    found = re.search(r"//[^:]*:([^@]*)@", (folder / f"redis_url_{role}").read_text())
-    if found is None:
-        raise ValueError(f"{folder}/redis_url_{role} has no password; expected redis://{role}:...@HOST")
+    """Leave a role's Redis user no password but its newest, which its URL has then."""
     acl = folder / "users.acl"
-    users = re.sub(rf"^(user {role} on)( >\S+)+", rf"\1 >{found[1]}", acl.read_text(), flags=re.MULTILINE)
+    text = acl.read_text()
+    newest = re.search(rf"^user {role} on >(\S+)", text, flags=re.MULTILINE)
+    if newest is None:
+        raise ValueError(f"{acl} has no password of {role}; expected `user {role} on >PASSWORD ...`")
+    users = re.sub(rf"^(user {role} on)( >\S+)+", rf"\1 >{newest[1]}", text, flags=re.MULTILINE)
     write(acl, users)
+    set_password(folder, role, newest[1])
+
+
+def set_password(folder: Path, role: str, password: str) -> None:
+    """Put it into the role's URL."""
+    url = folder / f"redis_url_{role}"
+    write(url, re.sub(r"(?<=//)[^@]*(?=@)", f"{role}:{password}", url.read_text()))
 
 
 def main() -> None:
@@ -149,7 +158,8 @@ def main() -> None:
         if not folder.is_dir():
             sys.exit(f"{folder} is not there: run this without --rotate or --finish first")
         (rotate if args.rotate else finish)(folder, role)
-        then = "restart what logs in as it, then --finish" if args.rotate else "the old password is void then"
+        restart = "" if role == "ops" else "restart what logs in as it, "
+        then = f"{restart}then --finish" if args.rotate else "the old password is void then"
         print(f"changed {role} in {folder}: have Redis read it (ACL LOAD); {then}")
     elif folder.exists():
         print(f"{folder} is there already: nothing was changed")

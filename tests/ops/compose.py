@@ -45,6 +45,12 @@ def until(probe: Callable[[], T | None], seconds: float, what: str | Callable[[]
     raise AssertionError(f"waited {seconds:.0f} s in vain for {what if isinstance(what, str) else what()}")
 
 
+def env_file(path: Path) -> dict[str, str]:
+    """The variables of an env_file, as they stand there."""
+    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    return {name: value for name, _, value in (line.partition("=") for line in lines)}
+
+
 class Process:
     """One started service."""
 
@@ -144,7 +150,11 @@ class Deployment:
 
     def env(self, service: str, code: Path = ROOT, **more: str) -> dict[str, str]:
         """The service's environment, and nothing of this process's but the PATH. code: whose packages run."""
-        found = self.compose["services"][service].get("environment", {})
+        given = self.compose["services"][service]
+        # An operator's file of this checkout is not the tests' business.
+        files = [one["path"] for one in given.get("env_file", []) if one.get("required", True)]
+        found = {k: v for path in files for k, v in env_file(ROOT / path).items()}
+        found |= given.get("environment", {})
         path = os.pathsep.join([str(SCRIPTS), str(Path(__redis_executable__).parent), os.environ["PATH"]])
         base = {"PATH": path, "HOME": str(self.folder), "PYTHONPATH": str(code), "PYTHONUNBUFFERED": "1"}
         own = {name: self._words(service, str(value)) for name, value in found.items()}

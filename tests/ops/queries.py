@@ -31,4 +31,4 @@ def check_query(query: str, known: dict[str, set[str]]) -> None:
         word.strip() for group in re.findall(r"(?:by|on) \(([^)]*)\)", query) for word in group.split(",")
     }
     have = set().union(*(known[name] for name in names))
-    assert labels <= have, f"unknown labels {labels - have} in {query}"
+    assert labels - {""} <= have, f"unknown labels {labels - have} in {query}"

