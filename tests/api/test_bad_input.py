@@ -20,10 +20,10 @@ PROMPT = "a red ball rolls over a table"
 WRONG = [
     ("prompt", "", "''", "1 to 2000 characters"),
     ("prompt", "   ", "'   '", "not only spaces"),
-    ("prompt", "x" * 2001, "xxx", "1 to 2000 characters"),
+    ("prompt", "x" * 2001, "… (2001 characters)", "1 to 2000 characters"),
     ("prompt", 7, "7", "a text of 1 to 2000 characters"),
     ("prompt", None, "None", "a text of 1 to 2000 characters"),
-    ("negative_prompt", "x" * 2001, "xxx", "at most 2000 characters"),
+    ("negative_prompt", "\n" * 2001, "… (2001 characters)", "at most 2000 characters"),
     ("negative_prompt", ["x"], "['x']", "a text"),
     ("model", "huge", "huge", "one of tiny"),
     ("model", 3, "3", "one of tiny"),
