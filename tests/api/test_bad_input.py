@@ -6,7 +6,7 @@ from collections.abc import Callable
 import httpx
 import pytest
 
-from api.problem import TYPES
+from api.problem import TYPES, FieldError
 from jobs.client import RedisClient
 from jobs.keys import Scope
 from jobs.nodes import NodeRegistry
@@ -103,6 +103,16 @@ def test_wrong_field(
     assert expected in error["expected"]
     assert len(error["got"]) < 120
     assert store.list("*")[0] == []
+
+
+def test_the_documented_example_is_what_the_service_says(client: httpx.Client, redis: RedisClient) -> None:
+    NodeRegistry(redis).publish_model(card(max_frame_num=121))
+    error = one_error(
+        client.post("/v1/jobs", json={"prompt": PROMPT, "frame_num": 80}), "invalid-request", 422
+    )
+    assert error == {
+        name: field.examples[0] for name, field in FieldError.model_fields.items() if field.examples
+    }
 
 
 def test_missing_prompt(client: httpx.Client) -> None:
