@@ -133,7 +133,7 @@ class FieldError(BaseModel):
 
     field: str = Field(description="Dotted path of the field, header or parameter.", examples=["frame_num"])
     got: str = Field(description="What came, shortened to 80 characters.", examples=["80"])
-    expected: str = Field(description="What is allowed.", examples=["4n+1 from 5 to 121, such as 77 or 81"])
+    expected: str = Field(description="What is allowed.", examples=["4n+1 from 1 to 121, such as 77 or 81"])
 
 
 class ProblemOut(BaseModel):

@@ -89,7 +89,8 @@ class JobOut(BaseModel):
     step: int = Field(description="Denoising step reached, of `request.sampling_steps`.", examples=[14])
     eta_seconds: float | None = Field(
         description="Estimated seconds to the end of the run, while running: from the job's own steps, and "
-        "before its first one from earlier videos of its shape. `null` when nothing honest can be said.",
+        "before its first one from earlier videos of its shape. `null` when nothing honest can be said, as "
+        "while a service's first video is denoised: no decode was timed yet.",
         examples=[32.5],
     )
     queue_position: int | None = Field(

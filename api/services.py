@@ -49,6 +49,11 @@ class Services:
     stopping: Event = field(default_factory=Event)  # set at SIGTERM: streams end, waits return
 
 
+def live_seconds(settings: Settings) -> float:
+    """A node unheard of for longer is no longer live."""
+    return 2 * settings.lease_seconds
+
+
 def secret_text(settings: Settings) -> str:
     """The key that hashes API keys and encrypts webhook secrets. Raises ValueError when it is not set."""
     if settings.secret_key is None:

@@ -12,7 +12,7 @@ from api.errors import RETRY_SECONDS, invalid
 from api.images import image_key, is_url, store_from_url
 from api.inputs import EXPECTED, VIDEO_FIELDS, JobIn, body_hash
 from api.problem import FORBIDDEN, NO_MODEL, ProblemError, shorten
-from api.services import Services
+from api.services import Services, live_seconds
 from jobs.addresses import Address, CallbackRefused, check_callback_url
 from jobs.errors import FieldProblem, InvalidRequest
 from jobs.job import Job, ModelCard, NewJob, Priority, VideoRequest, new_id
@@ -112,7 +112,7 @@ def check(svc: Services, key: ApiKey, data: Mapping[str, Any]) -> tuple[JobIn, V
 
 
 def choose_model(svc: Services, name: Any, wrong: dict[str, FieldProblem]) -> ModelCard | None:
-    """The card of the model that was asked for, of the default, or of the only one.
+    """The card of the model that was asked for, of the default, of the only one, or of the only live one.
 
     None after noting a problem in `wrong`. Raises ProblemError when there are no models at all.
     """
@@ -122,13 +122,19 @@ def choose_model(svc: Services, name: Any, wrong: dict[str, FieldProblem]) -> Mo
             NO_MODEL, "No node has announced a model yet.", headers={"Retry-After": str(RETRY_SECONDS)}
         )
     if name is None:
-        name = svc.settings.default_model or (next(iter(cards)) if len(cards) == 1 else None)
+        name = svc.settings.default_model or _only(svc, cards)
     if isinstance(name, str) and name in cards:
         presets = listed(cards[name].presets, svc.settings.forbidden)
         return cards[name].model_copy(update={"presets": presets})
     got = "nothing" if name is None else shorten(name)
     wrong["model"] = FieldProblem("model", got, "one of " + ", ".join(sorted(cards)))
     return None
+
+
+def _only(svc: Services, cards: Mapping[str, ModelCard]) -> str | None:
+    """The only model, or of several the only one that a live node serves: cards outlive their nodes."""
+    names = cards if len(cards) == 1 else svc.nodes.live_models(live_seconds(svc.settings)) & cards.keys()
+    return next(iter(names)) if len(names) == 1 else None
 
 
 def _image(svc: Services, key: ApiKey, name: str, wrong: dict[str, FieldProblem]) -> str | None:

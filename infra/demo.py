@@ -26,7 +26,6 @@ class Checked:
     """The finished video as it was found to be."""
 
     path: Path
-    url: str
     summary: str
 
 
@@ -53,7 +52,7 @@ def run_demo(data: Path | None, out: Path | None, model: Path | None, prompt: st
         say(f"stopped ({signal})")
         return 130
     say(f"{checked.summary}; {time.monotonic() - started:.1f} s in all")
-    print(f"{checked.path}\n{checked.url}", flush=True)
+    print(checked.path, flush=True)
     return 0
 
 
@@ -76,12 +75,11 @@ def _one_video(stack: LocalStack, prompt: str, out_dir: Path) -> Checked:
         seconds = time.monotonic() - submitted
         event = _webhook(stack, job["id"], "job.succeeded")
         say(f"webhook {event['webhook-id']} ({event['type']}): signature verified")
-        url = client.signed_url(job["id"])
         path = out_dir / f"{job['id']}.mp4"
-        size = client.download(url, path)
+        size = client.download(client.signed_url(job["id"]), path)
         fps = _model_fps(client, job["request"]["model"])
     facts = _decoded(path, job, fps)
-    return Checked(path, url, f"{facts}, {size / 1024:.0f} KiB, made in {seconds:.1f} s by {job['model']}")
+    return Checked(path, f"{facts}, {size / 1024:.0f} KiB, made in {seconds:.1f} s by {job['model']}")
 
 
 def _follow(stack: LocalStack, client: ReelClient, job_id: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ and the API can read: nodes reach neither the hash of the secrets nor the key th
 
 import json
 import time
+from typing import Any
 
 from pydantic import BaseModel, SecretStr
 
@@ -50,25 +51,34 @@ class EndpointStore:
         )  # fmt: skip
         secret = new_webhook_secret()
         self._keep(endpoint.id, self._vault.seal(secret))  # first, so that no delivery ever lacks it
-        if not self.put(endpoint):
+        text = endpoint.model_dump_json()
+        if not self._scripts.run("endpoint_add", key_id, endpoint.id, text, LIMIT, durable=True):
             with guard():
                 self.redis.execute_command("HDEL", SECRETS, endpoint.id)
             return None
         return endpoint, secret
 
-    def put(self, endpoint: Endpoint) -> bool:
-        """Store an endpoint, new or changed. False: the key has LIMIT of them."""
-        return bool(
-            self._scripts.run(
-                "endpoint_add", endpoint.key_id, endpoint.id, endpoint.model_dump_json(), LIMIT, durable=True
-            )
-        )
+    def change(self, key_id: str, endpoint_id: str, **fields: Any) -> Endpoint | None:
+        """Change these of an endpoint's fields, whatever else changes at once; None when it is gone."""
+        while (old := self.text(key_id, endpoint_id)) is not None:
+            changed = Endpoint.model_validate_json(old).model_copy(update=fields)
+            # Into what is stored, not instead of it: another release's record may have more fields.
+            new = json.dumps({**json.loads(old), **changed.model_dump(mode="json", include=set(fields))})
+            said = self._scripts.run("endpoint_change", key_id, endpoint_id, old, new, durable=True)
+            if said != "differs":
+                return changed if said == "done" else None
+        return None
 
     def get(self, key_id: str, endpoint_id: str) -> Endpoint | None:
         """One endpoint of this key, or None."""
-        with guard():
-            text = self.redis.execute_command("HGET", _all(key_id), endpoint_id)
+        text = self.text(key_id, endpoint_id)
         return Endpoint.model_validate_json(text) if text else None
+
+    def text(self, key_id: str, endpoint_id: str) -> str | None:
+        """An endpoint's record as it is stored, or None."""
+        with guard():
+            text: str | None = self.redis.execute_command("HGET", _all(key_id), endpoint_id)
+        return text
 
     def list(self, key_id: str) -> "Endpoints":
         """A key's endpoints, oldest first."""

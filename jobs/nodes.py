@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
+from redis.exceptions import WatchError
 
 from jobs.client import RedisClient, guard, redis_now, require_text
 from jobs.job import ModelCard, jsonable
@@ -13,6 +14,7 @@ DRAIN_SECONDS = 86_400  # a drain wish outlives its node by at most this
 MODELS = f"{PREFIX}models"
 
 NodeState = Literal["starting", "idle", "busy", "draining", "stopped"]
+SERVING = frozenset({"idle", "busy"})
 
 
 class GpuUse(BaseModel):
@@ -128,6 +130,37 @@ class NodeRegistry:
         """Stop accepting jobs for a model. False: it was not announced."""
         with guard():
             return bool(self.redis.execute_command("HDEL", MODELS, name))
+
+    def retire_model(self, name: str) -> "Nodes":
+        """Withdraw a model that no node serves; else leave it and return the nodes that do.
+
+        A node announces itself before its card, and the card is watched: one that comes meanwhile is seen, or
+        its card counts. Raises KeyError when the model was not announced.
+        """
+        while True:
+            with guard(), self.redis.pipeline(transaction=True) as pipe:
+                pipe.watch(MODELS)
+                serving = [node for node in self.list() if node.model == name and node.state != "stopped"]
+                if serving:
+                    return serving
+                pipe.multi()
+                pipe.execute_command("HDEL", MODELS, name)
+                try:
+                    (removed,) = pipe.execute()
+                except WatchError:
+                    continue
+            if not removed:
+                raise KeyError(name)
+            return []
+
+    def live_models(self, within: float) -> frozenset[str]:
+        """Announced models that a node serves which was heard of within so many seconds (Redis clock)."""
+        with guard():
+            now = redis_now(self.redis)
+        serving = {
+            node.model for node in self.list() if node.state in SERVING and now - node.seen_at <= within
+        }
+        return frozenset(serving & {card.name for card in self.models()}) if serving else frozenset()
 
     def models(self) -> "Cards":
         """All model cards, by name."""

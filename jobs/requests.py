@@ -243,4 +243,5 @@ def _short(value: object) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     text = repr(value)
-    return text if len(text) <= GOT_MAX else f"{text[:GOT_MAX]}… ({len(text)} characters)"
+    size = len(value) if isinstance(value, str) else len(text)  # a text's own: repr adds quotes and escapes
+    return text if len(text) <= GOT_MAX else f"{text[:GOT_MAX]}… ({size} characters)"

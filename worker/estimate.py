@@ -76,7 +76,8 @@ class Estimate:
     def eta(self) -> float | None:
         """Seconds until the last frame is decoded; None as long as nothing comparable was measured.
 
-        The time since the last step counts down. A decode never measured before is left out.
+        That is a step and a decode: without the second it would reach 0 with the whole decode to come. The
+        time since the last step counts down.
         """
         since = time.monotonic() - self.changed_at
         decode = self._history.decode(self._shape)
@@ -86,7 +87,7 @@ class Estimate:
                 return max(spent / self.step * (self.steps - self.step) - since, 0.0)
             return None if decode is None else max(decode - since, 0.0)
         per_step = self._history.step_seconds.get(self._shape)
-        if per_step is None:
+        if per_step is None or decode is None:
             return None
         done = self.step if self.phase is Phase.DENOISING else 0
-        return max(per_step * (self._total_steps - done) - since, 0.0) + (decode or 0.0)
+        return max(per_step * (self._total_steps - done) - since, 0.0) + decode

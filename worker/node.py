@@ -53,6 +53,7 @@ class NodeActor:
         self.loop: ClaimLoop | None = None  # None until the ranks are up
         self.info = NodeInfo(id=plan.node_id, model="", ranks=plan.ranks, host=socket.gethostname())
         self.meter = GpuMeter()
+        self.card: ModelCard | None = None  # None until the ranks have read the model
         self._status = NodeStatus("starting")
         self._memory: Memory | None = None
 
@@ -120,7 +121,7 @@ class NodeActor:
                 self.publisher.take(Finished(job, folder))
 
     def _register(self, spec: ModelSpec) -> None:
-        card = model_card(spec, self.plan.name)
+        self.card = card = model_card(spec, self.plan.name)
         self.info = self.info.model_copy(
             update={
                 "model": card.name,
@@ -129,14 +130,15 @@ class NodeActor:
                 "state": "idle",
             }
         )
-
-        def announce() -> bool:
-            self.registry.publish_model(card)
-            self.registry.register(self.info)
-            return True
-
-        while tell(announce) is None:
+        while tell(self._announce) is None:
             log.warning("cannot register yet")
+
+    def _announce(self) -> bool:
+        """Itself first: who withdraws the model then sees this node, or is followed by the card."""
+        assert self.card is not None
+        self.registry.register(self.info)
+        self.registry.publish_model(self.card)
+        return True
 
     def _beat_for_ever(self) -> None:
         while self._status.state == "serving":
@@ -170,7 +172,7 @@ class NodeActor:
             gpus=self.meter.latest,
         )
         if not known:
-            self.registry.register(self.info)
+            self._announce()  # with the model, which may have been withdrawn while nobody served it
         if not self.drain_wish.asked and self.registry.drain_requested(self.plan.node_id):
             self.drain(self.plan.settings.drain_seconds)
 

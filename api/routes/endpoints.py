@@ -50,7 +50,10 @@ def takes(name: str) -> dict[str, Any]:
 
 def find(svc: Services, key: ApiKey, endpoint_id: str) -> Endpoint:
     """The key's endpoint. Raises ProblemError alike for another key's and for none."""
-    found = svc.endpoints.get(key.id, endpoint_id)
+    return _known(svc.endpoints.get(key.id, endpoint_id), endpoint_id)
+
+
+def _known(found: Endpoint | None, endpoint_id: str) -> Endpoint:
     if found is None:
         raise ProblemError(p.NOT_FOUND, f"No webhook endpoint {p.shorten(endpoint_id)}.")
     return found
@@ -132,10 +135,11 @@ def read(svc: ServicesDep, key: ReadKey, endpoint_id: EndpointId) -> Response:
 )
 async def change(request: Request, svc: ServicesDep, key: SubmitKey, endpoint_id: EndpointId) -> Response:
     """Change its address, events or description, or silence it. Its secret stays."""
-    endpoint = await run_in_threadpool(find, svc, key, endpoint_id)
+    await run_in_threadpool(find, svc, key, endpoint_id)
     body = await read_body(request, svc, EndpointChange)
-    changed = endpoint.model_copy(update=body.model_dump(exclude_none=True))
-    await run_in_threadpool(svc.endpoints.put, changed)
+    fields = body.model_dump(exclude_none=True)
+    found = await run_in_threadpool(svc.endpoints.change, key.id, endpoint_id, **fields)
+    changed = _known(found, endpoint_id)  # it may have been deleted since
     return json_response(await run_in_threadpool(view, svc, changed))
 
 

@@ -10,12 +10,11 @@ from api.preset_views import preset_views
 from api.problem import documented
 from api.routes.jobs import COMMON
 from api.schemas import KeyOut, ModelList, ModelOut, NodeList, NodeOut
-from api.services import Services
+from api.services import Services, live_seconds
 from jobs.client import guard
 from jobs.job import ModelCard
 
 router = APIRouter(prefix="/v1", tags=["service"])
-SERVING = frozenset({"idle", "busy"})
 
 
 def node_views(svc: Services) -> list[NodeOut]:
@@ -33,7 +32,7 @@ def node_views(svc: Services) -> list[NodeOut]:
                     "publishing_job_id", "labels", "memory_used", "memory_total", "step_seconds",
                 }
             ),
-            live=node.state != "stopped" and now - node.seen_at <= 2 * svc.settings.lease_seconds,
+            live=node.state != "stopped" and now - node.seen_at <= live_seconds(svc.settings),
             progress=progress.get(node.job_id or ""),
             draining=node.drain_requested or node.state == "draining",
             started_at=datetime.fromtimestamp(round(node.started_at, 3), UTC),
@@ -45,8 +44,7 @@ def node_views(svc: Services) -> list[NodeOut]:
 
 def live_models(svc: Services) -> frozenset[str]:
     """Models that a live node serves and whose card is known."""
-    serving = {node.model for node in node_views(svc) if node.live and node.state in SERVING}
-    return frozenset(serving & {card.name for card in svc.nodes.models()})
+    return svc.nodes.live_models(live_seconds(svc.settings))
 
 
 def model_view(svc: Services, card: ModelCard, live: bool) -> ModelOut:

@@ -1,8 +1,9 @@
-"""Operating a deployment: jobs, nodes, drain, keys and the dead letter, straight from Redis."""
+"""Operating a deployment: jobs, nodes, drain, models, keys and the dead letter, straight from Redis."""
 
 import contextlib
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 from infra.commands.tables import (
     JOB_COLUMNS,
     KEY_COLUMNS,
+    MODEL_COLUMNS,
     NODE_COLUMNS,
     QUEUE_COLUMNS,
     job_rows,
@@ -36,6 +38,7 @@ Overlap = Annotated[float, typer.Option(min=0, help="Hours for which the old one
 PANEL = "Operate"
 WATCH_SECONDS = 2.0
 keys_app = typer.Typer(help="API keys: create, list, rotate, revoke.", no_args_is_help=True)
+models_app = typer.Typer(help="Models that nodes have announced: list, withdraw.")
 dead_app = typer.Typer(help="The dead letter: jobs that used up their attempts.", no_args_is_help=True)
 
 
@@ -102,6 +105,45 @@ def drain(
         known = ", ".join(item.id for item in registry.list())
         raise CliError(f"no node {node!r}; there are: {known or 'none'}")
     typer.echo(f"{node} will take no more jobs")
+
+
+@models_app.callback(invoke_without_command=True)
+def models(context: typer.Context, as_json: AsJson = False, stack: Stack = None) -> None:
+    """List models that nodes have announced: jobs for them are accepted; and how many nodes serve each."""
+    if context.invoked_subcommand is not None:
+        return
+    use_stack(stack, "REEL_REDIS_URL")
+    from jobs.nodes import NodeRegistry
+
+    registry = NodeRegistry(_redis())
+    serving = Counter(node.model for node in registry.list() if node.state != "stopped")
+    rows = [(card.name, card.task, serving[card.name]) for card in registry.models()]
+    if as_json:
+        _lines([dict(zip(MODEL_COLUMNS, row, strict=True)) for row in rows])
+        return
+    _table(MODEL_COLUMNS, [[str(value) for value in row] for row in rows])
+
+
+@models_app.command("withdraw")
+def withdraw_model(
+    name: Annotated[str, typer.Argument(help="As `reel models` shows it.")], stack: Stack = None
+) -> None:
+    """Accept no more jobs for a model that no node serves, until a node announces it again."""
+    use_stack(stack, "REEL_REDIS_URL")
+    from jobs.nodes import NodeRegistry
+
+    registry = NodeRegistry(_redis())
+    try:
+        serving = registry.retire_model(name)
+    except KeyError:
+        known = ", ".join(card.name for card in registry.models())
+        raise CliError(f"no model {name!r}; there are: {known or 'none'}") from None
+    if serving:
+        who = ", ".join(node.id for node in serving)
+        raise CliError(
+            f"{name} is served by {who}: drain them first (a node that died is forgotten after a minute)"
+        )
+    typer.echo(f"{name} is withdrawn; jobs that wait for it wait on, see `reel jobs --model {name}`")
 
 
 @keys_app.command("create")
@@ -200,6 +242,7 @@ def register(app: typer.Typer) -> None:
     """Add these commands."""
     for command in (jobs, nodes, drain):
         app.command(rich_help_panel=PANEL)(command)
+    app.add_typer(models_app, name="models", rich_help_panel=PANEL)
     app.add_typer(keys_app, name="keys", rich_help_panel=PANEL)
     app.add_typer(dead_app, name="dead", rich_help_panel=PANEL)
 

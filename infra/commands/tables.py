@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 JOB_COLUMNS = ("id", "state", "progress", "age", "model", "key", "node", "why")
 NODE_COLUMNS = ("id", "state", "model", "ranks", "device", "gpus", "memory", "job", "heard", "drain")
+MODEL_COLUMNS = ("name", "task", "nodes")
 KEY_COLUMNS = ("id", "name", "scopes", "outstanding", "requests a minute", "created", "revoked")
 QUEUE_COLUMNS = ("model", "priority", "waiting", "running", "oldest")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import httpx
 import pytest
 
-from api.problem import TYPES
+from api.problem import TYPES, FieldError
 from jobs.client import RedisClient
 from jobs.keys import Scope
 from jobs.nodes import NodeRegistry
@@ -20,10 +20,10 @@ PROMPT = "a red ball rolls over a table"
 WRONG = [
     ("prompt", "", "''", "1 to 2000 characters"),
     ("prompt", "   ", "'   '", "not only spaces"),
-    ("prompt", "x" * 2001, "xxx", "1 to 2000 characters"),
+    ("prompt", "x" * 2001, "… (2001 characters)", "1 to 2000 characters"),
     ("prompt", 7, "7", "a text of 1 to 2000 characters"),
     ("prompt", None, "None", "a text of 1 to 2000 characters"),
-    ("negative_prompt", "x" * 2001, "xxx", "at most 2000 characters"),
+    ("negative_prompt", "\n" * 2001, "… (2001 characters)", "at most 2000 characters"),
     ("negative_prompt", ["x"], "['x']", "a text"),
     ("model", "huge", "huge", "one of tiny"),
     ("model", 3, "3", "one of tiny"),
@@ -103,6 +103,16 @@ def test_wrong_field(
     assert expected in error["expected"]
     assert len(error["got"]) < 120
     assert store.list("*")[0] == []
+
+
+def test_the_documented_example_is_what_the_service_says(client: httpx.Client, redis: RedisClient) -> None:
+    NodeRegistry(redis).publish_model(card(max_frame_num=121))
+    error = one_error(
+        client.post("/v1/jobs", json={"prompt": PROMPT, "frame_num": 80}), "invalid-request", 422
+    )
+    assert error == {
+        name: field.examples[0] for name, field in FieldError.model_fields.items() if field.examples
+    }
 
 
 def test_missing_prompt(client: httpx.Client) -> None:

@@ -9,9 +9,10 @@ import pytest
 from jobs.keys import Scope
 from jobs.settings import Settings
 from jobs.store import JobStore
-from tests.api.conftest import finish, submit
+from tests.api.conftest import Running, finish, submit
 
 URL = "https://1.1.1.1/hook"
+Meanwhile = Callable[[Callable[[], object]], None]
 
 
 def add(client: httpx.Client, **fields: Any) -> dict[str, Any]:
@@ -83,6 +84,43 @@ def test_a_change_is_checked_too(client: httpx.Client) -> None:
     for body in ({"url": "https://10.0.0.1/"}, {"enabled": "no"}, {"id": "we_mine"}, {"key_id": "x"}):
         assert client.patch(path, json=body).status_code == 422, body
     assert client.get(path).json()["url"] == URL
+
+
+@pytest.fixture(params=[1, 2], ids=["before the body", "before the write"])
+def meanwhile(request: pytest.FixtureRequest, running: Running, monkeypatch: pytest.MonkeyPatch) -> Meanwhile:
+    """Does something once, between a request's first or second look at its endpoint and what follows."""
+
+    def arrange(act: Callable[[], object]) -> None:
+        store, steps = running.services.endpoints, [act, *[lambda: None] * (request.param - 1)]
+        look = store.text
+
+        def late(key_id: str, endpoint_id: str) -> str | None:
+            found = look(key_id, endpoint_id)
+            if steps:
+                steps.pop()()
+            return found
+
+        monkeypatch.setattr(store, "text", late)
+
+    return arrange
+
+
+def test_a_change_does_not_bring_a_deleted_endpoint_back(client: httpx.Client, meanwhile: Meanwhile) -> None:
+    """It would have no secret, and nothing sent to it could be signed."""
+    path = f"/v1/webhooks/{add(client)['id']}"
+    meanwhile(lambda: client.delete(path))
+    answer = client.patch(path, json={"description": "late"})
+    assert (answer.status_code, answer.json()["type"]) == (404, "/problems/not-found")
+    assert client.get("/v1/webhooks").json()["data"] == []
+
+
+def test_two_changes_at_once_both_count(client: httpx.Client, meanwhile: Meanwhile) -> None:
+    made = add(client)
+    made.pop("secret")
+    path = f"/v1/webhooks/{made['id']}"
+    meanwhile(lambda: client.patch(path, json={"enabled": False}))
+    changed = client.patch(path, json={"description": "second"}).json()
+    assert changed == client.get(path).json() == {**made, "enabled": False, "description": "second"}
 
 
 def test_another_keys_endpoint_is_not_found(

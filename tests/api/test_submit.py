@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from jobs.addresses import CallbackRefused
 from jobs.client import RedisClient
-from jobs.nodes import NodeRegistry
+from jobs.nodes import NodeInfo, NodeRegistry
 from jobs.quality import PresetCard
 from jobs.settings import Settings
 from jobs.store import JobStore
@@ -166,6 +166,23 @@ def test_submit_keeps_every_field(client: httpx.Client) -> None:
     assert job["priority"] == "low"
     assert job["webhook_events"] == ["job.failed", "job.started"]
     assert job["deadline_at"] is not None
+
+
+def test_without_a_model_the_only_live_one_of_several_is_taken(
+    client: httpx.Client, redis: RedisClient
+) -> None:
+    """A model whose nodes are gone keeps its card; it must not stand in the way of the one that is served."""
+    nodes = NodeRegistry(redis)
+    nodes.publish_model(card(name="wan"))
+    refused = client.post("/v1/jobs", json={"prompt": PROMPT})
+    assert refused.json()["errors"] == [{"field": "model", "got": "nothing", "expected": "one of tiny, wan"}]
+    nodes.register(NodeInfo(id="a", model="wan", state="idle"))
+    nodes.register(NodeInfo(id="b", model="tiny", state="draining"))
+    assert submit(client)["request"]["model"] == "wan"  # type: ignore[index]
+    assert client.post("/v1/videos", json={"prompt": PROMPT}).json()["model"] == "wan"
+    nodes.beat("b", "busy")
+    refused = client.post("/v1/jobs", json={"prompt": PROMPT})
+    assert refused.json()["errors"] == [{"field": "model", "got": "nothing", "expected": "one of tiny, wan"}]
 
 
 def test_idempotency(client: httpx.Client, client_for: Callable[..., httpx.Client]) -> None:

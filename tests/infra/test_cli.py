@@ -20,7 +20,7 @@ from worker.plan import NodePlan
 
 COMMANDS = (
     "up", "demo", "generate", "run", "make-tiny", "api", "node", "celery", "jobs", "nodes", "drain", "keys",
-    "dead", "listen", "bench",
+    "models", "dead", "listen", "bench",
 )  # fmt: skip
 
 
@@ -132,6 +132,8 @@ def test_parts_and_operators_say_in_one_line_what_cannot_be_reached(tmp_path: Pa
         ("celery", "beat"): "Redis",
         ("jobs",): "Redis",
         ("nodes",): "Redis",
+        ("models",): "Redis",
+        ("models", "withdraw", "demo"): "Redis",
         ("keys", "list"): "Redis",
         ("dead", "list"): "Redis",
         ("generate", "a small cat on a mat"): "the API at",

@@ -139,6 +139,15 @@ def test_a_job_runs_from_queue_to_s3(world: World, node: NodeProcess) -> None:
     assert world.storage.get_bytes(job.result.poster_key)[:2] == b"\xff\xd8"
 
 
+def test_a_node_that_was_forgotten_announces_its_model_again(world: World, node: NodeProcess) -> None:
+    """Silent for a minute, its model may have been withdrawn."""
+    (found,) = world.registry.list()
+    world.registry.remove(found.id)
+    assert world.registry.retire_model(found.model) == []
+    until(lambda: [card.name for card in world.registry.models()] == [found.model], 10, "the card")
+    assert [one.id for one in world.registry.list()] == [found.id]
+
+
 def test_ray_serves_nobody_but_its_own_node(world: World, node: NodeProcess) -> None:
     """No dashboard; a job posted over HTTP runs nowhere; the control plane takes the node's token alone."""
     listening = [

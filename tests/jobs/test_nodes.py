@@ -55,3 +55,49 @@ def test_model_cards(nodes: NodeRegistry) -> None:
     assert nodes.withdraw_model("a")
     assert not nodes.withdraw_model("a")
     assert [model.name for model in nodes.models()] == ["b"]
+
+
+def test_a_model_is_retired_only_when_no_node_serves_it(nodes: NodeRegistry) -> None:
+    nodes.publish_model(card(name="a"))
+    for node_id, model in (("n1", "a"), ("n2", "b"), ("n3", "a")):
+        nodes.register(NodeInfo(id=node_id, model=model, state="idle"))
+    assert [node.id for node in nodes.retire_model("a")] == ["n1", "n3"]
+    assert [model.name for model in nodes.models()] == ["a"]
+    nodes.beat("n1", "stopped")
+    nodes.remove("n3")
+    assert nodes.retire_model("a") == []
+    assert nodes.models() == []
+    with pytest.raises(KeyError):
+        nodes.retire_model("a")
+
+
+def test_a_node_that_comes_while_its_model_is_retired_keeps_it(
+    nodes: NodeRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes.publish_model(card(name="a"))
+    look = nodes.list
+
+    def late() -> list[NodeInfo]:
+        found = look()
+        nodes.register(NodeInfo(id="n1", model="a", state="idle"))
+        nodes.publish_model(card(name="a"))
+        return found
+
+    monkeypatch.setattr(nodes, "list", late)
+    assert [node.id for node in nodes.retire_model("a")] == ["n1"]
+    assert [model.name for model in nodes.models()] == ["a"]
+
+
+def test_live_models_are_served_by_a_node_heard_of_lately(nodes: NodeRegistry, redis: RedisClient) -> None:
+    for name in ("a", "b", "c", "e"):
+        nodes.publish_model(card(name=name))
+    states = {"a": "idle", "b": "busy", "c": "draining", "d": "idle"}  # d: no card
+    for name, state in states.items():
+        nodes.register(NodeInfo.model_validate({"id": name, "model": name, "state": state}))
+    assert nodes.live_models(30.0) == {"a", "b"}
+    old = nodes.get("b")
+    assert old is not None
+    redis.execute_command(
+        "SET", "reel:node:b", old.model_copy(update={"seen_at": old.seen_at - 31}).model_dump_json()
+    )
+    assert nodes.live_models(30.0) == {"a"}

@@ -172,10 +172,24 @@ def test_a_deleted_endpoint_hears_nothing_more(bench: Bench) -> None:
     delivery = bench.only(job_id)
     assert (delivery.state, delivery.error) == ("dead", "its endpoint was deleted")
     silenced, _ = add(bench, 1)
-    bench.endpoints.put(silenced.model_copy(update={"enabled": False}))
+    assert bench.endpoints.change(bench.key.id, silenced.id, enabled=False)
     quiet = bench.submit("http://127.0.0.1:1/", ())
     bench.run(quiet)
     assert bench.outbox.for_job(quiet) == []
+
+
+def test_a_record_of_another_release_is_changed_and_keeps_its_fields(bench: Bench) -> None:
+    endpoint, _ = add(bench, 1)
+    place = (f"reel:endpoints:{bench.key.id}", endpoint.id)
+    record = {**json.loads(endpoint.model_dump_json()), "later": "x"}
+    del record["description"]
+    bench.redis.execute_command("HSET", *place, json.dumps(record))
+    changed = bench.endpoints.change(bench.key.id, endpoint.id, events=ALL)
+    assert changed == bench.endpoints.get(bench.key.id, endpoint.id)
+    assert changed is not None
+    assert set(changed.events) == set(ALL)
+    assert json.loads(bench.redis.execute_command("HGET", *place)) == {**record, "events": list(ALL)}
+    assert bench.endpoints.change("key_other", endpoint.id, enabled=False) is None
 
 
 def test_ten_endpoints_a_key_and_nothing_readable_stored(bench: Bench) -> None:

@@ -43,14 +43,13 @@ def run(clock: Clock, history: History, frames: int = 9) -> list[tuple[float, fl
     return seen
 
 
-def test_progress_rises_and_the_first_eta_comes_with_the_first_step(clock: Clock) -> None:
+def test_progress_rises_and_the_first_eta_waits_for_the_first_decode(clock: Clock) -> None:
     seen = run(clock, History())
     progress = [one for one, _ in seen]
     assert progress == sorted(progress)
     assert 0 <= progress[0] < progress[-1] <= 1
     etas = [eta for _, eta in seen]
-    assert etas[:2] == [None, None], "nothing was measured yet"
-    assert etas[2] == pytest.approx(6.0)  # three steps of 2 s; a decode was never measured
+    assert etas[:7] == [None] * 7, "steps alone would end in 0 s with the whole decode to come"
     assert etas[7] == pytest.approx(2.0)
 
 
@@ -68,6 +67,14 @@ def test_another_shape_takes_only_the_decode_over(clock: Clock) -> None:
     run(clock, history)
     assert history.decode((64, 48, 18)) == pytest.approx(8.0)
     assert Estimate(request(frames=17), history).eta is None
+
+
+def test_a_decode_known_from_another_shape_counts_from_the_first_step(clock: Clock) -> None:
+    history = History()
+    run(clock, history)
+    etas = [eta for _, eta in run(clock, history, frames=18)]
+    assert etas[:2] == [None, None]
+    assert etas[2] == pytest.approx(3 * 2.0 + 8.0)
 
 
 def test_an_eta_counts_down_between_steps(clock: Clock) -> None:
