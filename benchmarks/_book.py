@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks._sections import write_json
 from benchmarks._together import shared
 
 
@@ -54,9 +55,7 @@ class Book:
         """Add and save."""
         self.data |= figures
         if dist.get_rank() == 0 and self.path is not None:
-            part = self.path.with_name(self.path.name + ".part")  # a run may be killed while it writes
-            part.write_text(json.dumps(self.data, indent=1))
-            part.replace(self.path)
+            write_json(self.path, self.data)
 
     def say(self, words: str) -> None:
         """On stderr, at once."""

@@ -60,7 +60,7 @@ class Node:
         plan = plan_memory(self.shape.spec, layout_of(self.shape), mesh, self.device, self.dtype, vae_dtype)
         torch.manual_seed(SEED)  # the same weights on all ranks
         made = random_pipeline(self.shape, plan, self.device, self.dtype, vae_dtype, mesh)
-        made.spec = replace(made.spec, presets=self.spec.presets)
+        made.spec = self.spec
         self.memory = {"rung": plan.rung, "planned_gib": plan.gib}
         self._room = max(0, plan.available - plan.total)
         made.eight.keep(self._room, self.shape.dit)

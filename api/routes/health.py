@@ -2,16 +2,16 @@
 
 import secrets
 import time
-from collections.abc import Callable
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from api import problem as p
 from api.auth import ServicesDep
+from api.checks import NotReadyError, check
 from api.problem import UNAUTHENTICATED, ProblemError, documented
 from api.routes.nodes import live_models, node_views
-from api.schemas import Check, Health, Ready
+from api.schemas import Health, Ready
 from api.services import Services
 from api.views import json_response
 from jobs.errors import StoreUnavailable
@@ -34,38 +34,19 @@ async def healthz() -> Health:
 def readyz(svc: ServicesDep) -> Response:
     """Asks Redis, the storage, and whether a live node serves a model."""
     checks = {
-        "redis": _check(lambda: _redis(svc)),
-        "s3": _storage(svc),
-        "node": _check(lambda: _node(svc)),
+        "redis": check(lambda: _redis(svc)),
+        "s3": svc.storage_check.look(),
+        "node": check(lambda: _node(svc)),
     }
-    missing = [name for name, check in checks.items() if not check.ok]
+    missing = [name for name, found in checks.items() if not found.ok]
     body = Ready(ready=not missing, missing=missing, checks=checks)
     return json_response(body, 503 if missing else 200, {"Retry-After": "2"} if missing else {})
-
-
-def _check(ask: Callable[[], str]) -> Check:
-    """Run one check; any failure is an answer here."""
-    try:
-        return Check(ok=True, detail=ask())
-    except NotReadyError as error:
-        return Check(ok=False, detail=str(error))
-    except Exception as error:  # whatever a client library raises: the type tells enough, the text may not
-        return Check(ok=False, detail=f"no answer ({type(error).__name__})")
-
-
-class NotReadyError(Exception):
-    """A dependency answers, but is not ready; the text says what is missing."""
 
 
 def _redis(svc: Services) -> str:
     started = time.perf_counter()
     svc.redis.ping()
     return f"answered in {(time.perf_counter() - started) * 1000:.0f} ms"
-
-
-def _storage(svc: Services) -> Check:
-    look = svc.storage_check.look()
-    return Check(ok=look.ok, detail=look.detail)
 
 
 def _node(svc: Services) -> str:

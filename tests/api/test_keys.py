@@ -2,17 +2,15 @@
 
 import base64
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import httpx
 import pytest
 
-from infra.cli import invoke
 from jobs.client import RedisClient
 from jobs.settings import Settings, get_settings
 from tests.api.conftest import SECRET, Running, submit
-
-Reel = Callable[..., str]
+from tests.support.cli import Reel, reel_group
 
 
 @pytest.fixture
@@ -26,14 +24,7 @@ def reel(
     monkeypatch.setenv("REEL_REDIS_URL", settings.redis_url)
     monkeypatch.setenv("REEL_SECRET_KEY", SECRET)
     get_settings.cache_clear()
-
-    def run(*args: str, code: int = 0) -> str:
-        capsys.readouterr()
-        assert invoke(["keys", *args]) == code
-        seen = capsys.readouterr()
-        return seen.out + seen.err
-
-    yield run
+    yield reel_group("keys", capsys)
     get_settings.cache_clear()
 
 

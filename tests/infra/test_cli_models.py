@@ -1,18 +1,16 @@
 """`reel models`: which models are announced, who serves them, and withdrawing one that nobody serves."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
-from infra.cli import invoke
 from jobs.client import RedisClient, connect
 from jobs.nodes import NodeInfo, NodeRegistry
 from jobs.settings import Settings, get_settings
+from tests.support.cli import Reel, reel_group
 from tests.support.jobs import card
 from tests.support.redis import redis_server
-
-Reel = Callable[..., str]
 
 
 @pytest.fixture
@@ -30,14 +28,7 @@ def redis(monkeypatch: pytest.MonkeyPatch) -> Iterator[RedisClient]:
 @pytest.fixture
 def reel(redis: RedisClient, capsys: pytest.CaptureFixture[str]) -> Reel:
     """Runs `reel models ...` and gives what it printed."""
-
-    def run(*args: str, code: int = 0) -> str:
-        capsys.readouterr()
-        assert invoke(["models", *args]) == code
-        seen = capsys.readouterr()
-        return seen.out + seen.err
-
-    return run
+    return reel_group("models", capsys)
 
 
 def test_a_model_is_listed_and_withdrawn_once_nobody_serves_it(reel: Reel, redis: RedisClient) -> None:
