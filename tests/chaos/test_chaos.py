@@ -1,4 +1,4 @@
-"""The five-minute chaos run: every fault at least three times, every promise holds. `make chaos`: an hour."""
+"""The short chaos run: every fault at least three times, every promise holds. `make chaos`: an hour."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import SEED
 
-LIMIT_SECONDS = 300.0  # of wall time on two cores, from start to stop
+LIMIT_SECONDS = 660.0  # of wall time from start to stop on a slow machine; two usual cores take 130
 
 
 @pytest.mark.timeout(LIMIT_SECONDS + 30)

@@ -38,7 +38,8 @@ from tests.engine.ranks import (
     vae_inputs,
 )
 
-SECONDS = 170
+SECONDS = 400  # of wall time for all worlds together, of which two usual cores take 45
+pytestmark = pytest.mark.timeout(SECONDS + 20)
 WORLDS = {layout: world for world, layouts in LAYOUTS.items() for layout in layouts}
 
 

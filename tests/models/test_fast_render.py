@@ -11,7 +11,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def test_kernel_equals_plain_renderer() -> None:
     """Every shape, texture and background, in a window and a span of its own for each clip."""
-    packed = pack(sample_scenes(48, 5)).to(DEVICE)
+    packed = pack(sample_scenes(24, 5)).to(DEVICE)
     assert len(packed.shape.unique()) == 7
     assert len(packed.background.unique()) == 8
     rows = torch.arange(len(packed), device=DEVICE).flip(0)
