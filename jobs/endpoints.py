@@ -50,7 +50,9 @@ class EndpointStore:
             created_at=time.time(),
         )  # fmt: skip
         secret = new_webhook_secret()
-        self._keep(endpoint.id, self._vault.seal(secret))  # first, so that no delivery ever lacks it
+        with guard():  # first, so that no delivery ever lacks it
+            sealed = json.dumps(self._vault.seal(secret))
+            self.redis.execute_command("HSET", SECRETS, endpoint.id, sealed)
         text = endpoint.model_dump_json()
         if not self._scripts.run("endpoint_add", key_id, endpoint.id, text, LIMIT, durable=True):
             with guard():
@@ -94,31 +96,35 @@ class EndpointStore:
                 self.redis.execute_command("HDEL", SECRETS, endpoint_id)
         return known
 
-    def rotate(self, endpoint: Endpoint, overlap_seconds: float = OVERLAP_SECONDS) -> str:
-        """A new secret; deliveries are signed with both for `overlap_seconds`."""
-        secret, sealed = self._vault.rotate(self._sealed(endpoint.id), overlap_seconds)
-        self._keep(endpoint.id, sealed)
-        return secret
+    def rotate(self, endpoint: Endpoint, overlap_seconds: float = OVERLAP_SECONDS) -> str | None:
+        """A new secret; deliveries are signed with both for `overlap_seconds`. None: the endpoint is gone."""
+        said = "differs"
+        while said == "differs":
+            old = self._sealed_text(endpoint.id)
+            secret, sealed = self._vault.rotate(_sealed(old), overlap_seconds)
+            new = json.dumps(sealed)
+            said = self._scripts.run("endpoint_rotate", endpoint.key_id, endpoint.id, old, new, durable=True)
+        return secret if said == "done" else None
 
     def secrets(self, endpoint_id: str) -> "Secrets":
         """The secrets to sign with, newest first; empty when the endpoint is gone. For the sender only.
 
         Raises ValueError when they were encrypted under another secret key.
         """
-        return self._vault.open(self._sealed(endpoint_id), f"endpoint {endpoint_id}")
+        return self._vault.open(_sealed(self._sealed_text(endpoint_id)), f"endpoint {endpoint_id}")
 
-    def _sealed(self, endpoint_id: str) -> Sealed:
+    def _sealed_text(self, endpoint_id: str) -> str:
+        """An endpoint's secrets as they are stored; empty when there are none."""
         with guard():
-            text = self.redis.execute_command("HGET", SECRETS, endpoint_id)
-        return [(str(sealed), float(until)) for sealed, until in json.loads(text)] if text else []
-
-    def _keep(self, endpoint_id: str, sealed: Sealed) -> None:
-        with guard():
-            self.redis.execute_command("HSET", SECRETS, endpoint_id, json.dumps(sealed))
+            return self.redis.execute_command("HGET", SECRETS, endpoint_id) or ""
 
 
 Endpoints = list[Endpoint]
 Secrets = list[str]
+
+
+def _sealed(text: str) -> Sealed:
+    return [(str(sealed), float(until)) for sealed, until in json.loads(text)] if text else []
 
 
 def _all(key_id: str) -> str:

@@ -2,13 +2,16 @@
 
 import hashlib
 import hmac
+import json
 import secrets
 import time
+from collections.abc import Callable
 from enum import StrEnum
+from typing import Any
 
 from pydantic import BaseModel, Field, SecretStr
 
-from jobs.client import RedisClient, guard, redis_now, require_text
+from jobs.client import RedisClient, guard, require_text
 from jobs.job import new_id
 from jobs.scripts import PREFIX, source
 from jobs.vault import OVERLAP_SECONDS, Sealed, Vault, new_webhook_secret
@@ -80,14 +83,19 @@ class KeyStore:
             hash=self._hash(plain),
             secrets=self._vault.seal(secret),
         )
-        self._save(record, {record.hash: 0.0})
+        with guard():
+            pipe = self.redis.pipeline(transaction=True)
+            pipe.execute_command("HSET", RECORDS, record.id, record.model_dump_json())
+            pipe.execute_command("HSET", HASHES, record.hash, f"{record.id} 0")
+            pipe.execute()
         return _public(record), plain, secret
 
     def authenticate(self, plain: str) -> ApiKey | None:
         """The key, or None when it is unknown, revoked or rotated out. One round trip."""
         with guard():
             text = self.redis.execute_command("EVAL", _AUTHENTICATE, 0, "{}", self._hash(plain))
-        return _public(_Record.model_validate_json(text)) if text else None
+        key = _public(_Record.model_validate_json(text)) if text else None
+        return None if key is None or key.revoked_at else key
 
     def get(self, key_id: str) -> ApiKey | None:
         """One key by id, also when revoked."""
@@ -104,30 +112,36 @@ class KeyStore:
 
     def revoke(self, key_id: str) -> ApiKey:
         """End a key at once; its jobs go on. Raises KeyError when there is no such key."""
-        record = self._must(key_id)
-        with guard():
-            for digest, entry in self.redis.execute_command("HGETALL", HASHES).items():
-                if entry.split()[0] == key_id:
-                    self.redis.execute_command("HDEL", HASHES, digest)
-        record = record.model_copy(update={"revoked_at": time.time()})
-        self._save(record, {})
-        return _public(record)
+        return _public(self._change(key_id, lambda record: {"revoked_at": record.revoked_at or time.time()}))
 
     def rotate(self, key_id: str, overlap_seconds: float = OVERLAP_SECONDS) -> str:
-        """A new plain key for the same key id; the old one works for `overlap_seconds` more."""
-        record = self._must(key_id)
+        """A new plain key for the same key id; those before work for `overlap_seconds` more at the most.
+
+        Raises KeyError when there is no such key, ValueError when it is revoked.
+        """
         plain = _new_plain()
-        with guard():
-            now = redis_now(self.redis)
-        fresh = record.model_copy(update={"hash": self._hash(plain)})
-        self._save(fresh, {fresh.hash: 0.0, record.hash: now + overlap_seconds})
+
+        def fresh(record: _Record) -> dict[str, Any]:
+            if record.revoked_at:
+                raise ValueError(f"API key {key_id} is revoked and stays so; create a new one")
+            return {"hash": self._hash(plain)}
+
+        self._change(key_id, fresh, overlap_seconds)
         return plain
 
     def rotate_webhook_secret(self, key_id: str, overlap_seconds: float = OVERLAP_SECONDS) -> str:
-        """A new webhook secret; deliveries are signed with both for `overlap_seconds`."""
-        record = self._must(key_id)
-        secret, sealed = self._vault.rotate(record.secrets, overlap_seconds)
-        self._save(record.model_copy(update={"secrets": sealed}), {})
+        """A new webhook secret; deliveries are signed with both for `overlap_seconds`.
+
+        Also of a revoked key, whose jobs go on. Raises KeyError when there is no such key.
+        """
+        secret = ""
+
+        def resealed(record: _Record) -> dict[str, Any]:
+            nonlocal secret
+            secret, sealed = self._vault.rotate(record.secrets, overlap_seconds)
+            return {"secrets": sealed}
+
+        self._change(key_id, resealed)
         return secret
 
     def webhook_secrets(self, key_id: str) -> "Secrets":
@@ -142,29 +156,40 @@ class KeyStore:
         text = plain.encode("utf-8", "surrogatepass")
         return hmac.new(self._vault.hash_key, text, hashlib.sha256).hexdigest()
 
-    def _load(self, key_id: str) -> _Record | None:
+    def _text(self, key_id: str) -> str | None:
         with guard():
-            text = self.redis.execute_command("HGET", RECORDS, key_id)
+            text: str | None = self.redis.execute_command("HGET", RECORDS, key_id)
+        return text
+
+    def _load(self, key_id: str) -> _Record | None:
+        text = self._text(key_id)
         return _Record.model_validate_json(text) if text else None
 
-    def _must(self, key_id: str) -> _Record:
-        record = self._load(key_id)
-        if record is None:
-            raise KeyError(f"no API key {key_id}")
-        return record
+    def _change(
+        self, key_id: str, change: Callable[[_Record], dict[str, Any]], overlap_seconds: float | None = None
+    ) -> _Record:
+        """Change fields of a record, whatever else changes at once; `change` may be asked more than once.
 
-    def _save(self, record: _Record, hashes: dict[str, float]) -> None:
-        with guard():
-            pipe = self.redis.pipeline(transaction=True)
-            pipe.execute_command("HSET", RECORDS, record.id, record.model_dump_json())
-            for digest, until in hashes.items():
-                pipe.execute_command("HSET", HASHES, digest, f"{record.id} {until:.6f}")
-            pipe.execute()
+        overlap_seconds: how long the plain keys before go on at the most; None leaves them as they are.
+        Raises KeyError when there is no such key.
+        """
+        overlap = "" if overlap_seconds is None else overlap_seconds
+        while (old := self._text(key_id)) is not None:
+            record = _Record.model_validate_json(old)
+            fields = change(record)
+            changed = record.model_copy(update=fields)
+            # Into what is stored, not instead of it: another release's record may have more fields.
+            new = json.dumps({**json.loads(old), **changed.model_dump(mode="json", include=set(fields))})
+            with guard():
+                said = self.redis.execute_command("EVAL", _CHANGE, 0, "{}", key_id, old, new, overlap)
+            if said == "done":
+                return changed
+        raise KeyError(f"no API key {key_id}")
 
 
 Keys = list[ApiKey]
 Secrets = list[str]
-_AUTHENTICATE = source("authenticate")
+_AUTHENTICATE, _CHANGE = source("authenticate"), source("key_change")
 
 
 def _new_plain() -> str:

@@ -40,6 +40,7 @@ BODY_PROBLEMS = (
     p.INVALID_REQUEST, p.MALFORMED_JSON, p.UNSUPPORTED_MEDIA_TYPE, p.BODY_TOO_LARGE, p.BODY_TIMEOUT,
 )  # fmt: skip
 Body = TypeVar("Body", bound=BaseModel)
+Found = TypeVar("Found")
 
 
 def takes(name: str) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def find(svc: Services, key: ApiKey, endpoint_id: str) -> Endpoint:
     return _known(svc.endpoints.get(key.id, endpoint_id), endpoint_id)
 
 
-def _known(found: Endpoint | None, endpoint_id: str) -> Endpoint:
+def _known(found: Found | None, endpoint_id: str) -> Found:
     if found is None:
         raise ProblemError(p.NOT_FOUND, f"No webhook endpoint {p.shorten(endpoint_id)}.")
     return found
@@ -166,7 +167,8 @@ def rotate(svc: ServicesDep, key: SubmitKey, endpoint_id: EndpointId) -> Respons
     """A new secret. For a day each delivery carries two signatures, so that receivers can change over."""
     endpoint = find(svc, key, endpoint_id)
     until = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=OVERLAP_SECONDS)
-    return json_response(SecretOut(secret=svc.endpoints.rotate(endpoint), previous_until=until))
+    secret = _known(svc.endpoints.rotate(endpoint), endpoint_id)  # it may have been deleted since
+    return json_response(SecretOut(secret=secret, previous_until=until))
 
 
 @router.post(

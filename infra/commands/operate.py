@@ -216,11 +216,13 @@ def rotate_secret(key_id: KeyId, overlap_hours: Overlap = 24.0, stack: Stack = N
 
 @contextlib.contextmanager
 def _known(key_id: str) -> Iterator[None]:
-    """One clear line for a key that doesn't exist."""
+    """One clear line for a key that doesn't exist or can't be changed so."""
     try:
         yield
     except KeyError:
         raise CliError(f"no key {key_id!r}; `reel keys list` shows them") from None
+    except ValueError as error:
+        raise CliError(str(error)) from None
 
 
 @dead_app.command("list")

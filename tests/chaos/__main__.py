@@ -12,8 +12,8 @@ from infra.models import DEMO_MODEL, has_checkpoint
 from tests.chaos.run import LONG_PAUSES, Plan, chaos, say
 
 JOBS_AN_HOUR, FAULTS_AN_HOUR = 10_000, 500  # of the long version, at least
-# Ends as soon as every kind has fired three times: about two minutes on two usual cores. A machine half as fast
-# needs four, as a node of it takes longer to come back than the next fault to come, and gets them.
+# Ends as soon as every kind has fired three times: after about two minutes on two usual cores. A slow machine
+# gets more, as a node takes longer to come back there than the next fault to come.
 SHORT: dict[str, Any] = {
     "seconds": 100.0, "limit": 480.0, "settle": 90.0, "total": 600.0, "floor": 3, "enough": 3
 }  # fmt: skip
@@ -23,7 +23,7 @@ def main() -> int:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m tests.chaos")
     parser.add_argument("--minutes", type=float, default=60.0, help="of load and faults")
-    parser.add_argument("--short", action="store_true", help="the version of `make test`: two minutes, ten at most")
+    parser.add_argument("--short", action="store_true", help="as in `make test`: two minutes, ten at most")
     parser.add_argument("--seed", type=int, default=0, help="0: a random one")
     parser.add_argument("--rate", type=float, default=6.0, help="jobs a second, at most")
     parser.add_argument("--nodes", type=int, default=4)

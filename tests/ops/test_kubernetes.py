@@ -78,6 +78,7 @@ def check_pod(pod: dict[str, Any]) -> None:
         "capabilities": {"drop": ["ALL"]},
     }
     assert "memory" in container["resources"]["limits"]
+    assert container["envFrom"] == [{"configMapRef": {"name": "reelserve"}}]  # one set of settings
     for one in container.get("env", []):
         assert one["name"].removeprefix("REEL_").lower() in Settings.model_fields, one
         if secret := one.get("valueFrom", {}).get("secretKeyRef"):
@@ -189,6 +190,7 @@ def test_manifests() -> None:
         ("control.yaml", "containerPort: 8080", 'containerPort: "http"'),
         ("control.yaml", "reelserve-api:0.1.0", "reelserve-apy:0.1.0"),
         ("control.yaml", "verbs: [get", "verb: [get"),
+        ("control.yaml", "configMapRef: { name: reelserve }", "configMapRef: { name: reelserve-scaler }"),
         ("control.yaml", "key: s3_secret_api", "key: s3_secret_key"),
         ("node.yaml", "key: redis_url_node", "key: redis_url_ops"),
     ],

@@ -14,6 +14,7 @@ from api.webhook_schemas import WebhookBody
 from jobs.job import WebhookEvent
 from jobs.settings import Settings
 from jobs.store import JobStore
+from jobs.vault import Sealed
 from tests.worker.receiver import RawReceiver, Received, Reply
 from tests.worker.test_webhooks import ALL, Bench
 
@@ -159,6 +160,30 @@ def test_both_secrets_sign_while_an_endpoints_is_rotated_and_no_third(bench: Ben
     bench.endpoints.rotate(endpoint, overlap_seconds=0.05)
     time.sleep(0.06)
     assert len(bench.endpoints.secrets(endpoint.id)) == 1
+
+
+def test_of_two_rotations_at_once_neither_is_lost(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process rotates the endpoint's secret between a rotation's read and its write."""
+    endpoint, _ = add(bench, 1)
+    vault, between = bench.endpoints._vault, list[str | None]()
+    rotate = vault.rotate
+
+    def late(sealed: Sealed, overlap_seconds: float) -> tuple[str, Sealed]:
+        if not between:
+            between.append(None)
+            between[0] = bench.endpoints.rotate(endpoint)
+        return rotate(sealed, overlap_seconds)
+
+    monkeypatch.setattr(vault, "rotate", late)
+    assert bench.endpoints.rotate(endpoint) == bench.endpoints.secrets(endpoint.id)[0]
+    assert between[0] == bench.endpoints.secrets(endpoint.id)[1]
+
+
+def test_a_deleted_endpoint_s_secret_is_not_made_again(bench: Bench) -> None:
+    endpoint, _ = add(bench, 1)
+    assert bench.endpoints.remove(bench.key.id, endpoint.id)
+    assert bench.endpoints.rotate(endpoint) is None
+    assert bench.endpoints.secrets(endpoint.id) == []
 
 
 def test_a_deleted_endpoint_hears_nothing_more(bench: Bench) -> None:
