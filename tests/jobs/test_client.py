@@ -1,7 +1,9 @@
 """When Redis is not there, has forgotten the scripts, or has too few replicas."""
 
+import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import redis as redis_py
@@ -122,6 +124,26 @@ def test_waiting_for_replicas() -> None:
             assert created
             assert replica.exists(f"reel:job:{job.id}")
             replica.close()
+        store.redis.close()
+
+
+def test_a_replica_that_only_received_confirms_nothing() -> None:
+    """The first replica a server ever has is sent the job, and stays silent about having it."""
+    with redis_server("--repl-diskless-sync", "no") as server:
+        settings = Settings(redis_url=server.url, redis_wait_replicas=1, redis_wait_ms=3000)
+        store = JobStore(connect(settings), settings)
+        port = open_port(store.redis)
+        with ThreadPoolExecutor() as pool, socket.socket() as replica:
+            submitted = pool.submit(store.submit, new_job())
+            while not store.redis.execute_command("EXISTS", "reel:fence"):
+                time.sleep(0.01)
+            replica.connect(("127.0.0.1", port))
+            replica.sendall(b"PSYNC ? -1\r\n")
+            received = b""
+            while b"reel:job:" not in received:
+                received += replica.recv(65536)
+            with pytest.raises(StoreUnavailable, match="0 of 1 replicas confirmed"):
+                submitted.result()
         store.redis.close()
 
 
