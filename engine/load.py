@@ -8,21 +8,20 @@ from typing import Literal
 import torch
 
 from engine.attention import pick_attend
+from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.checksums import verify as verify_checksums
-from engine.config import DiTConfig, VAEConfig
+from engine.config import ModelSpec
 from engine.errors import CheckpointError
 from engine.ladder import plan_kept_attention, plan_memory
-from engine.layout import Layout, Part, find_layout
 from engine.loader import Loader, OnBytes
 from engine.lora import Loras
 from engine.lora_files import LoraFolder
-from engine.memory import RUNGS, Rung
+from engine.memory import RUNGS, MemoryPlan, Rung
 from engine.parallel.mesh import Mesh
 from engine.pipeline import Pipeline
 from engine.presets import ALONE, Machine, held_blocks, offers
-from engine.specs import Facts, find_facts, make_spec
+from engine.specs import make_spec
 from engine.vae import VAE
-from engine.weights import Shape
 
 WeightForm = Literal["full", "8bit"]
 
@@ -59,44 +58,62 @@ def load_pipeline(
     device = default_device(mesh) if device is None else torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     vae_dtype = torch.float32 if device.type == "cpu" or dtype == torch.float32 else torch.float16
-    layout = find_layout(folder)
-    dit_config = read_dit_config(layout)
-    facts = find_facts(folder, dit_config.in_channels, layout.low is not None, name, layout.facts)
-    vae_config = read_vae_config(layout.vae, facts)
-    if dit_config.num_heads % mesh.ulysses:
+    checkpoint = open_checkpoint(folder, name)
+    if checkpoint.dit.num_heads % mesh.ulysses:
         raise CheckpointError(
-            f"{facts.name} has {dit_config.num_heads} heads, which {mesh.ulysses} sequence parts don't divide"
+            f"{checkpoint.facts.name} has {checkpoint.dit.num_heads} heads, "
+            f"which {mesh.ulysses} sequence parts don't divide"
         )
     lora_folder = LoraFolder(loras or folder / "loras")
-    names = lora_folder.names() if weights == "full" else []
-    machine = Machine(capability(device), names, forbidden, only_eight=weights == "8bit")
-    presets = offers(facts.presets, machine)
-    held = held_blocks(presets, dit_config.num_layers) if weights == "8bit" else frozenset[int]()
-    spec = replace(make_spec(facts, dit_config, vae_config), loras=tuple(names), presets=presets)
+    spec, held = _offer(checkpoint, lora_folder, device, forbidden, weights)
     if verify:
         verify_checksums(folder, mesh)
+    layout = checkpoint.layout
     plan = plan_memory(spec, layout, mesh, device, dtype, vae_dtype, memory_limit, rung, held)
     spec, plan = plan_kept_attention(spec, plan, mesh, dtype)
-
-    load = Loader(mesh, device, dtype, vae_dtype, on_bytes)
-    high, low, exchange = load.experts(layout, dit_config, plan.rung, held)
-    vae = load.part("VAE", VAE, vae_config, layout.vae, lambda _: vae_dtype)
-    # Last, as on the CPU rank 0 alone reads it, and no collective call may wait for that.
-    text_encoder = load.text_encoder(layout, dit_config, on_cpu=plan.step >= RUNGS.index("text"))
-    self_attend, cross_attend = (
-        pick_attend(kind, dtype, dit_config.head_dim, device) for kind in ("self", "cross")
-    )
+    pipeline = _read(checkpoint, spec, plan, Loader(mesh, device, dtype, vae_dtype, on_bytes), held)
     mesh.meet()
-    pipeline = Pipeline(spec, text_encoder, high, low, vae, mesh, device, self_attend, cross_attend)
+    if weights == "full":
+        pipeline.loras = Loras(lora_folder, pipeline.high, pipeline.low, mesh)
+    else:
+        pipeline.no_loras = f"{ALONE}, which none is merged into"
+    return pipeline
+
+
+def _offer(
+    checkpoint: Checkpoint,
+    loras: LoraFolder,
+    device: torch.device,
+    forbidden: Collection[str],
+    weights: WeightForm,
+) -> tuple[ModelSpec, frozenset[int]]:
+    """What requests may ask of this model here, and the blocks that are held in 8 bits alone."""
+    names = loras.names() if weights == "full" else []
+    machine = Machine(capability(device), names, forbidden, only_eight=weights == "8bit")
+    presets = offers(checkpoint.facts.presets, machine)
+    held = held_blocks(presets, checkpoint.dit.num_layers) if weights == "8bit" else frozenset[int]()
+    spec = make_spec(checkpoint.facts, checkpoint.dit, checkpoint.vae)
+    return replace(spec, loras=tuple(names), presets=presets), held
+
+
+def _read(
+    checkpoint: Checkpoint, spec: ModelSpec, plan: MemoryPlan, load: Loader, held: frozenset[int]
+) -> Pipeline:
+    """All weights, where the plan's rung puts them, and the pipeline that runs on them."""
+    layout, dit = checkpoint.layout, checkpoint.dit
+    high, low, exchange = load.experts(layout, dit, plan.rung, held)
+    vae = load.part("VAE", VAE, checkpoint.vae, layout.vae, lambda _: load.vae_dtype)
+    # Last, as on the CPU rank 0 alone reads it, and no collective call may wait for that.
+    text_encoder = load.text_encoder(layout, dit, on_cpu=plan.step >= RUNGS.index("text"))
+    self_attend, cross_attend = (
+        pick_attend(kind, load.dtype, dit.head_dim, load.device) for kind in ("self", "cross")
+    )
+    pipeline = Pipeline(spec, text_encoder, high, low, vae, load.mesh, load.device, self_attend, cross_attend)
     pipeline.exchange = exchange
     pipeline.eight.blocks.held = load.held
     room = plan.available - plan.total
-    pipeline.eight.keep(room if plan.step < RUNGS.index("shard") else 0, dit_config)
+    pipeline.eight.keep(room if plan.step < RUNGS.index("shard") else 0, dit)
     pipeline.branches_in_turn = plan.step >= RUNGS.index("branches")
-    if weights == "full":
-        pipeline.loras = Loras(lora_folder, high, low, mesh)
-    else:
-        pipeline.no_loras = f"{ALONE}, which none is merged into"
     return pipeline
 
 
@@ -110,70 +127,3 @@ def default_device(mesh: Mesh) -> torch.device:
 def capability(device: torch.device) -> tuple[int, int] | None:
     """The GPU's compute capability, None for a CPU."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-
-
-def read_dit_config(layout: Layout) -> DiTConfig:
-    """The experts' shape: sizes from the tensors' shapes, the rest from config.json. Experts must agree."""
-    config = _dit_config(layout.high)
-    if layout.low is not None and _dit_config(layout.low) != config:
-        raise CheckpointError(
-            f"the experts differ: {layout.high.folder} is {config}, "
-            f"{layout.low.folder} is {_dit_config(layout.low)}"
-        )
-    return config
-
-
-def read_vae_config(part: Part, facts: Facts) -> VAEConfig:
-    """The VAE's shape from its tensors; its latents' statistics from the model's facts."""
-    shapes = _shapes(part, "encoder.conv1.weight", "decoder.conv1.weight", "conv2.weight")
-    base, in_channels = shapes["encoder.conv1.weight"][:2]
-    z_dim = shapes["conv2.weight"][0]
-    if not len(facts.latent_mean) == len(facts.latent_std) == z_dim:
-        raise CheckpointError(
-            f"the VAE in {part.folder} has {z_dim} latent channels but {facts.name} has statistics of "
-            f"{len(facts.latent_mean)} (mean) and {len(facts.latent_std)} (std); "
-            "set latent_mean and latent_std in reel.json"
-        )
-    return VAEConfig(
-        kind="2.1" if in_channels == 3 else "2.2",
-        base_dim=base,
-        decoder_base_dim=shapes["decoder.conv1.weight"][0] // 4,
-        z_dim=z_dim,
-        latent_mean=facts.latent_mean,
-        latent_std=facts.latent_std,
-        stride=(4, 8, 8) if in_channels == 3 else (4, 16, 16),
-    )
-
-
-def _dit_config(part: Part) -> DiTConfig:
-    shapes = _shapes(
-        part, "patch_embedding.weight", "text_embedding.0.weight", "time_embedding.0.weight",
-        "blocks.0.ffn.0.weight", "head.head.weight",
-    )  # fmt: skip
-    dim, in_channels, *patch = shapes["patch_embedding.weight"]
-    volume = patch[0] * patch[1] * patch[2]
-    heads = part.config.get("num_heads")
-    if not isinstance(heads, int) or heads < 1 or dim % heads:
-        raise CheckpointError(
-            f"{part.folder / 'config.json'}: num_heads is {heads!r}, expected a divisor of {dim}"
-        )
-    return DiTConfig(
-        dim=dim,
-        ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
-        num_heads=heads,
-        num_layers=1 + max(int(name.split(".")[1]) for name in part.entries if name.startswith("blocks.")),
-        in_channels=in_channels,
-        out_channels=shapes["head.head.weight"][0] // volume,
-        text_dim=shapes["text_embedding.0.weight"][1],
-        text_len=part.config.get("text_len", 512),
-        freq_dim=shapes["time_embedding.0.weight"][1],
-        patch_size=(patch[0], patch[1], patch[2]),
-        eps=part.config.get("eps", 1e-6),
-    )
-
-
-def _shapes(part: Part, *names: str) -> dict[str, Shape]:
-    missing = [name for name in names if name not in part.entries]
-    if missing:
-        raise CheckpointError(f"{part.folder} lacks {', '.join(missing)}: is it the right checkpoint?")
-    return {name: part.entries[name].shape for name in names}

@@ -53,11 +53,6 @@ class Loras:
         self.merged: Merged | None = ()
         self._kept: list[_Kept] = []
 
-    @property
-    def current(self) -> tuple[LoraUse, ...]:
-        """What the experts carry."""
-        return tuple(use for use, _ in self.merged or ())
-
     def check(self, uses: tuple[LoraUse, ...]) -> None:
         """Raise RequestError for a LoRA that isn't in the folder, or an expert that isn't in the model."""
         for use in uses:

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from engine import loader
+from engine.checkpoint import read_dit_config
 from engine.config import LoraUse
 from engine.dit_block import Block
 from engine.eight_bit import Weights, hold
 from engine.errors import CheckpointError, RequestError
 from engine.ladder import plan_memory
 from engine.layout import find_layout
-from engine.load import load_pipeline, read_dit_config
+from engine.load import load_pipeline
 from engine.memory import sizes_of
 from engine.parallel.mesh import Mesh
 from engine.pipeline import Pipeline

@@ -152,10 +152,11 @@ def test_draft_makes_its_few_steps_with_its_loras(tmp_path: Path) -> None:
     assert pipeline.loras is not None
     request = resolve(pipeline.spec, "a cat", quality="draft", frame_num=1, seed=1)
     work = pipeline.generate(request, Frames()).work
-    assert pipeline.loras.current == (LoraUse("fast", 1.0, "high"),)
+    assert pipeline.loras.merged is not None
+    assert [use for use, _ in pipeline.loras.merged] == [LoraUse("fast", 1.0, "high")]
     assert (work.quality, work.steps_computed, work.steps_reused) == (DRAFT, 2, 0)
     pipeline.generate(resolve(pipeline.spec, "a cat", frame_num=1, seed=1), Frames())
-    assert pipeline.loras.current == ()
+    assert pipeline.loras.merged == ()
     with pytest.raises(RequestError, match="forbidden by the operator"):
         resolve(pipeline.spec, "a cat", quality="8bit-cache")
     assert find(pipeline.spec.presets, "8bit") == Preset("8bit", find_summary(pipeline), EightBit((0, -1)))

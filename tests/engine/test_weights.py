@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.checkpoint import read_dit_config, read_vae_config
 from engine.dit import DiT
 from engine.errors import CheckpointError
 from engine.layout import Layout, Part, find_layout
-from engine.load import load_pipeline, read_dit_config, read_vae_config
+from engine.load import load_pipeline
 from engine.specs import KNOWN, T2V_A14B, TI2V_5B, find_facts
 from engine.text_encoder import TextEncoder
 from engine.umt5 import config_from_shapes, transformers_name
