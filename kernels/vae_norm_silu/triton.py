@@ -22,12 +22,14 @@ DEFAULT = {"block": 2048, "warps": 4}
 def _put(out_ptr, at, frame, frames, ot, y, valid, C: tl.constexpr, SPREAD: tl.constexpr):
     """Store joined frame `frame`: at its place, or spread to the three that look at it."""
     ot = tl.cast(ot, tl.int64)  # three frames side by side pass 2^31 values from some 2560x1440 on
+    out_ptr += frame * ot
     if SPREAD:
         for slot in tl.static_range(3):
             if (frame >= slot) & (frame < frames + slot):
-                tl.store(out_ptr + (frame - slot) * ot + slot * C + at, y, mask=valid)
+                tl.store(out_ptr + at, y, mask=valid)
+            out_ptr += C - ot
     else:
-        tl.store(out_ptr + frame * ot + at, y, mask=valid)
+        tl.store(out_ptr + at, y, mask=valid)
 
 
 @triton.jit(do_not_specialize=["pixels", "frames", "height", "width"])
