@@ -114,8 +114,13 @@ class KeyStore:
         return _public(record)
 
     def rotate(self, key_id: str, overlap_seconds: float = OVERLAP_SECONDS) -> str:
-        """A new plain key for the same key id; the old one works for `overlap_seconds` more."""
+        """A new plain key for the same key id; the old one works for `overlap_seconds` more.
+
+        Raises KeyError when there is no such key, ValueError when it was revoked: that is for ever.
+        """
         record = self._must(key_id)
+        if record.revoked_at is not None:
+            raise ValueError(f"key {key_id} was revoked; make a new one with `reel keys create`")
         plain = _new_plain()
         with guard():
             now = redis_now(self.redis)

@@ -76,6 +76,15 @@ def test_rotation_overlaps(keys: KeyStore) -> None:
     assert [keys.authenticate(plain) for plain in (old, new, newest)] == [None] * 3
 
 
+def test_a_revoked_key_is_not_brought_back_by_a_rotation(keys: KeyStore) -> None:
+    key, plain, _ = keys.create("shop")
+    keys.revoke(key.id)
+    with pytest.raises(ValueError, match="revoked"):
+        keys.rotate(key.id)
+    assert keys.authenticate(plain) is None
+    keys.rotate_webhook_secret(key.id)  # its jobs still report
+
+
 def test_the_old_key_ends_with_the_overlap(keys: KeyStore) -> None:
     key, old, _ = keys.create("shop")
     keys.rotate(key.id, overlap_seconds=0.1)
