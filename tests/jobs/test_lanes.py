@@ -9,6 +9,7 @@ from jobs.job import Job, Priority
 from jobs.store import JobStore
 from tests.jobs.conftest import MakeStore
 from tests.support.jobs import new_job, result, video_request
+from tests.support.redis import rewind
 
 P = Priority
 
@@ -116,6 +117,18 @@ def test_a_sweep_also_lifts_lanes(make_store: MakeStore) -> None:
     store.sweep()
     assert store.position(low.id) == 2
     assert [job.id for job in drain(store)] == [high[0].id, normal.id, low.id, high[1].id]
+
+
+def test_a_late_job_s_age_is_not_its_successor_s(make_store: MakeStore) -> None:
+    """A lane's head rose to the top and expired there: the fresh job behind it waits at its own level."""
+    store = make_store(aging_seconds=9999)
+    late, fresh = submit(store, "a", P.LOW, deadline_seconds=100), submit(store, "a", P.LOW)
+    store.redis.execute_command("ZADD", "reel:lane:tiny:2:a", 1, late.id)  # has waited since 1970
+    store.redis.execute_command("ZADD", "reel:rising:tiny", 1, "2:a")
+    assert store.scripts.run("rise", "tiny") == 1
+    normal = submit(store, "b")
+    rewind(store.redis, late.id, deadline=True)
+    assert [job.id for job in drain(store)] == [normal.id, fresh.id]
 
 
 def test_a_returned_turn_is_refunded(store: JobStore) -> None:
