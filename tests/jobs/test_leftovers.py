@@ -3,14 +3,17 @@
 import pytest
 
 from jobs.client import redis_now
+from jobs.endpoints import Endpoint
 from jobs.job import JobError, Priority
 from jobs.outbox import Outbox
+from jobs.scripts import ENDPOINT_LOG
 from jobs.store import JobStore
 from tests.jobs.conftest import MakeStore
 from tests.support.jobs import new_job
 from tests.support.redis import rewind
 
 URL = "https://example.com/hook"
+ENDPOINT = Endpoint(id="we_" + "0" * 25, key_id="key_a", url=URL, events=(), created_at=1.0)
 P = Priority
 
 
@@ -106,3 +109,45 @@ def test_a_deleted_job_leaves_no_dead_letter_and_its_webhooks_end(store: JobStor
     store.delete(waiting)
     for key in (f"pending:{waiting}", f"deliveries:{waiting}"):
         assert 0 < store.redis.execute_command("TTL", f"reel:{key}") <= store.settings.retention_seconds
+
+
+def test_a_test_events_keys_end_by_themselves(store: JobStore, outbox: Outbox) -> None:
+    sent = outbox.ping(ENDPOINT)
+    keep = store.settings.retention_seconds
+    for key in (f"delivery:{sent.id}", f"pending:{ENDPOINT.id}"):
+        assert 0 < store.redis.execute_command("TTL", f"reel:{key}") <= keep
+    assert keep < store.redis.execute_command("TTL", f"reel:deliveries:{ENDPOINT.id}") <= 2 * keep
+
+
+def test_an_endpoints_log_is_bounded(store: JobStore, outbox: Outbox) -> None:
+    log = f"reel:deliveries:{ENDPOINT.id}"
+    store.redis.execute_command("RPUSH", log, *["msg_old"] * ENDPOINT_LOG)
+    newest = outbox.ping(ENDPOINT)
+    assert store.redis.execute_command("LLEN", log) == ENDPOINT_LOG
+    assert outbox.for_endpoint(ENDPOINT.id) == [newest]
+
+
+def test_an_address_that_is_gone_is_tried_again_after_a_day(store: JobStore, outbox: Outbox) -> None:
+    store.cancel(store.submit(new_job(callback_url=URL))[0].id)
+    (due,) = outbox.due()
+    taken = outbox.take(due, 30)
+    assert taken is not None
+    outbox.dead(due, attempt=taken.attempt, status=410, gone=True)
+    assert outbox.gone(URL)
+    (mark,) = store.redis.execute_command("KEYS", "reel:gone:*")
+    assert 86_000 < store.redis.execute_command("TTL", mark) <= 86_400
+
+
+def test_a_deleted_jobs_webhook_that_is_sent_again_still_ends(store: JobStore, outbox: Outbox) -> None:
+    job_id = store.submit(new_job(callback_url=URL))[0].id
+    store.cancel(job_id)
+    (due,) = outbox.due()
+    taken = outbox.take(due, 30)
+    assert taken is not None
+    outbox.delivered(due, 200, attempt=taken.attempt)
+    store.delete(job_id)
+    assert outbox.redeliver(due)
+    assert outbox.due() == [due]
+    assert (
+        0 < store.redis.execute_command("TTL", f"reel:pending:{job_id}") <= store.settings.retention_seconds
+    )

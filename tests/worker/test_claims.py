@@ -22,9 +22,10 @@ from tests.support.node import until
 from worker import patience
 from worker.claims import ClaimLoop
 from worker.drain import Drain
+from worker.group import GroupBroken
 from worker.patience import Rest
 from worker.publish import Publisher
-from worker.reports import RankReport
+from worker.reports import RankReport, Stop
 from worker.spool import Spool
 from worker.video import VideoFacts
 
@@ -52,16 +53,30 @@ class Storage:
 
 
 class Group:
-    """Ranks that refuse every request, after they were seen to get it."""
+    """Ranks that refuse every request, after they were seen to get it, unless another `outcome` is set."""
 
     leader = None
 
     def __init__(self) -> None:
         self.images: list[bytes] = []
+        self.outcome: RankReport | GroupBroken = RankReport(
+            0, "failed", failure=FailureClass.USER, detail="the ranks had it"
+        )
+        self.failures = self.starts = self.ends = 0  # failures: starts that fail
 
     def generate(self, job: Job, request: Any, folder: Path) -> RankReport:
         self.images.append(request.image.read_bytes() if request.image else b"")
-        return RankReport(0, "failed", failure=FailureClass.USER, detail="the ranks had it")
+        if isinstance(self.outcome, GroupBroken):
+            raise self.outcome
+        return self.outcome
+
+    def start(self) -> None:
+        self.starts += 1
+        if self.starts <= self.failures:
+            raise GroupBroken(FailureClass.INFRASTRUCTURE, "a rank did not start")
+
+    def end(self) -> None:
+        self.ends += 1
 
 
 class Bench:
@@ -80,6 +95,12 @@ class Bench:
     def submit(self, *, image: bool = True) -> str:
         asked = video_request(image="uploads/key_a/img_x.png" if image else None)
         return self.store.submit(new_job().model_copy(update={"request": asked}))[0].id
+
+    def claimed(self, *, image: bool = True) -> Job:
+        self.submit(image=image)
+        job = self.store.claim("tiny", "node-a")
+        assert job is not None
+        return job
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -189,3 +210,60 @@ def test_rests_grow_and_a_success_ends_them() -> None:
     rest.worked()
     assert rest.left == 0
     assert rest.failed() == 1
+
+
+def test_an_image_that_the_disk_does_not_take_leaves_nothing(bench: Bench) -> None:
+    def full(key: str, path: Path) -> None:
+        path.write_bytes(b"ima")
+        raise OSError(28, "No space left on device")
+
+    bench.storage.get_file = full  # type: ignore[method-assign]
+    job = bench.claimed()
+    bench.loop.work(job)
+    now = bench.store.get(job.id)
+    assert (now.state, now.attempts) == (JobState.QUEUED, 1)
+    assert list(bench.spool.root.glob("*")) == []
+
+
+@pytest.mark.parametrize(
+    ("stop", "state"),
+    [("cancel", JobState.CANCELED), ("drain", JobState.QUEUED), ("lease_lost", JobState.RUNNING)],
+)
+def test_what_follows_when_the_ranks_stopped(bench: Bench, stop: Stop, state: JobState) -> None:
+    """Each is free without an attempt charged; of a lost one nothing is said."""
+    job = bench.claimed(image=False)
+    if stop == "cancel":
+        bench.store.cancel(job.id)
+    bench.group.outcome = RankReport(0, "stopped", stop=stop)
+    bench.loop.work(job)
+    now = bench.store.get(job.id)
+    assert (now.state, now.attempts) == (state, 0)
+    assert list(bench.spool.root.glob("*")) == []
+
+
+@pytest.mark.parametrize(("grace", "attempts", "starts"), [(None, 1, 1), (60.0, 1, 0), (0.0, 0, 0)])
+def test_a_job_is_free_before_its_broken_ranks_come_back(
+    bench: Bench, grace: float | None, attempts: int, starts: int
+) -> None:
+    """Ranks that a drain killed after its grace cost no attempt, and a draining node starts none."""
+    job = bench.claimed(image=False)
+    if grace is not None:
+        bench.drain.ask(grace)
+    states: list[JobState] = []
+    bench.group.end = lambda: states.append(bench.store.get(job.id).state)  # type: ignore[method-assign]
+    bench.group.outcome = GroupBroken(FailureClass.INFRASTRUCTURE, "a rank died")
+    bench.loop.work(job)
+    assert states == [JobState.QUEUED]
+    assert (bench.store.get(job.id).attempts, bench.group.starts) == (attempts, starts)
+    assert list(bench.spool.root.glob("*")) == []
+
+
+@pytest.mark.parametrize("failures", [2, 3])
+def test_ranks_have_three_tries_to_come_back(bench: Bench, failures: int) -> None:
+    bench.group.failures = failures
+    if failures == 3:
+        with pytest.raises(GroupBroken):
+            bench.loop.start_group()
+    else:
+        bench.loop.start_group()
+    assert (bench.group.starts, bench.group.ends) == (3, failures)
