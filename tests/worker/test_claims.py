@@ -24,7 +24,7 @@ from worker.claims import ClaimLoop
 from worker.drain import Drain
 from worker.group import GroupBroken
 from worker.patience import Rest
-from worker.publish import Publisher
+from worker.publish import Finished, Publisher
 from worker.reports import RankReport, Stop
 from worker.spool import Spool
 from worker.video import VideoFacts
@@ -196,8 +196,10 @@ def test_a_bad_spool_folder_costs_one_attempt_and_goes(bench: Bench) -> None:
     folder.mkdir(parents=True)
     facts = VideoFacts(job_id, 64, 48, 5, 16.0, 1, "0" * 64)
     (folder / "facts.json").write_text(json.dumps(asdict(facts)))
+    began = time.monotonic()
     with bench.running():
         until(lambda: bench.group.images, 5, "the ranks to make it anew")
+        assert time.monotonic() - began >= 1.0, "the node rests after a failure of its own"
     assert bench.store.get(job_id).attempts == 2  # the second is the ranks' refusal
     assert not folder.exists()
 
@@ -210,6 +212,35 @@ def test_rests_grow_and_a_success_ends_them() -> None:
     rest.worked()
     assert rest.left == 0
     assert rest.failed() == 1
+
+
+def test_a_cancel_during_a_download_keeps_the_ranks_free(bench: Bench) -> None:
+    job = bench.claimed()
+
+    def slow(key: str, path: Path) -> None:
+        bench.store.cancel(job.id)
+        path.write_bytes(b"image")
+        time.sleep(0.4)  # the lease's thread reads the flag meanwhile
+
+    bench.storage.get_file = slow  # type: ignore[method-assign]
+    bench.loop.work(job)
+    assert bench.store.get(job.id).state is JobState.CANCELED
+    assert bench.group.images == []
+
+
+def test_a_drained_node_ends_after_what_it_publishes(bench: Bench) -> None:
+    release = threading.Event()
+    job = bench.claimed(image=False)
+    bench.publisher.take(Finished(job, bench.spool.folder(job), lambda: release.wait(10) and None))
+    bench.drain.ask(60.0)
+    loop = threading.Thread(target=bench.loop.run, daemon=True)
+    loop.start()
+    loop.join(0.2)
+    assert loop.is_alive()
+    release.set()
+    loop.join(10)
+    assert not loop.is_alive()
+    assert bench.publisher.job is None
 
 
 def test_an_image_that_the_disk_does_not_take_leaves_nothing(bench: Bench) -> None:

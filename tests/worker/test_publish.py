@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from jobs.errors import StoreUnavailable
-from jobs.job import Job, JobState
+from jobs.job import Job, JobState, VideoResult
 from jobs.settings import Settings
 from jobs.storage import ObjectStore
 from jobs.store import JobStore
-from tests.support.jobs import new_job
+from tests.support.jobs import new_job, result
 from tests.support.node import until
 from tests.support.proxy import Proxy
 from worker.drain import Drain
@@ -61,8 +61,10 @@ def bench(s3_settings: Settings, storage: ObjectStore, store: JobStore, tmp_path
 
 def test_a_finished_video_is_committed_and_leaves_the_disk(bench: Bench) -> None:
     job = bench.claimed()
+    bench.publisher.rest.failed()
     bench.publisher.take(bench.made(job))
     bench.publisher.wait()
+    assert bench.publisher.rest.left == 0, "whatever was wrong with this node is over"
     done = bench.store.get(job.id)
     assert done.state is JobState.SUCCEEDED
     assert done.result is not None
@@ -77,26 +79,31 @@ def test_a_finished_video_is_committed_and_leaves_the_disk(bench: Bench) -> None
     assert not (bench.spool.root / job.id).exists()
 
 
-def test_a_stale_owner_commits_nothing_and_removes_its_objects(bench: Bench) -> None:
-    """The lease goes to another node between the upload and the commit."""
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_stale_owner_commits_nothing_and_removes_its_own_objects(bench: Bench, ended: bool) -> None:
+    """The lease goes to another node between the upload and the commit; that one may be done first."""
     job = bench.claimed()
     finished = bench.made(job)
-    real, lost = bench.store.finish, threading.Event()
+    real, theirs = bench.store.finish, list[VideoResult]()
 
     def late(*args: object) -> Job:
         bench.store.give_back(job.id, job.token)
-        assert bench.store.claim("tiny", "node-b") is not None
-        lost.set()
+        other = bench.store.claim("tiny", "node-b")
+        assert other is not None
+        theirs.append(result(job.id, other.token))
+        bench.storage.put_bytes(theirs[0].video_key, b"theirs", "video/mp4")
+        if ended:
+            real(job.id, other.token, theirs[0])
         return real(*args)  # type: ignore[arg-type]
 
     bench.store.finish = late  # type: ignore[method-assign]
     bench.publisher.take(finished)
     bench.publisher.wait()
-    assert lost.is_set()
     now = bench.store.get(job.id)
-    assert (now.state, now.owner) == (JobState.RUNNING, "node-b")
+    assert (now.state, now.owner) == (JobState.SUCCEEDED if ended else JobState.RUNNING, "node-b")
     assert now.token > job.token
-    assert bench.keys(job) == []
+    assert now.result == (theirs[0] if ended else None)
+    assert bench.keys(job) == [theirs[0].video_key]
 
 
 @pytest.mark.parametrize("stop", ["lease", "drain"])
