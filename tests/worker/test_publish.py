@@ -61,7 +61,8 @@ def bench(s3_settings: Settings, storage: ObjectStore, store: JobStore, tmp_path
 
 def test_a_finished_video_is_committed_and_leaves_the_disk(bench: Bench) -> None:
     job = bench.claimed()
-    bench.publisher.rest.failed()
+    for _ in range(6):
+        bench.publisher.rest.failed()
     bench.publisher.take(bench.made(job))
     bench.publisher.wait()
     assert bench.publisher.rest.left == 0, "whatever was wrong with this node is over"
@@ -222,6 +223,25 @@ def test_a_writer_that_died_fails_the_attempt(bench: Bench) -> None:
     now = bench.store.get(job.id)
     assert (now.state, now.attempts) == (JobState.QUEUED, 1)
     assert (folder.exists(), newer.exists()) == (False, True), "its own folder goes, a later attempt's stays"
+
+
+def test_a_video_that_is_gone_from_the_disk_is_not_waited_for(bench: Bench) -> None:
+    job = bench.claimed()
+    finished = bench.made(job)
+
+    def close() -> None:
+        assert finished.close is not None
+        finished.close()
+        (finished.folder / "video.mp4").unlink()
+
+    bench.publisher.take(Finished(job, finished.folder, close))
+    try:
+        until(lambda: bench.store.get(job.id).attempts == 1, 10, "the failed attempt")
+    finally:
+        bench.drain.ask(0)
+        bench.publisher.wait()
+    assert bench.store.get(job.id).state is JobState.QUEUED
+    assert bench.publisher.rest.left > 0
 
 
 def test_the_spool_keeps_whole_videos_and_drops_half_ones(bench: Bench) -> None:
