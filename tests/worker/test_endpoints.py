@@ -11,11 +11,14 @@ import standardwebhooks
 import svix
 
 from api.webhook_schemas import WebhookBody
+from jobs.endpoints import EndpointStore
 from jobs.job import WebhookEvent
+from jobs.keys import KeyStore
 from jobs.settings import Settings
 from jobs.store import JobStore
 from tests.worker.receiver import RawReceiver, Received, Reply
 from tests.worker.test_webhooks import ALL, Bench
+from worker.webhooks import WebhookSender, signing_secrets
 
 BOTH = (standardwebhooks.Webhook, svix.Webhook)
 REFUSED = (standardwebhooks.webhooks.WebhookVerificationError, svix.webhooks.WebhookVerificationError)
@@ -159,6 +162,27 @@ def test_both_secrets_sign_while_an_endpoints_is_rotated_and_no_third(bench: Ben
     bench.endpoints.rotate(endpoint, overlap_seconds=0.05)
     time.sleep(0.06)
     assert len(bench.endpoints.secrets(endpoint.id)) == 1
+
+
+def test_a_secret_under_another_key_is_waited_for(bench: Bench) -> None:
+    """The operator set the wrong REEL_SECRET_KEY: once it is right, every delivery goes out."""
+    with RawReceiver() as receiver:
+        add(bench, receiver.port)
+        job_id = bench.submit(f"http://127.0.0.1:{receiver.port}/", DONE)
+        bench.run(job_id)
+        wrong = "another secret key for tests"
+        secrets = signing_secrets(
+            KeyStore(bench.redis, wrong), EndpointStore(bench.redis, bench.settings, wrong)
+        )
+        sender = WebhookSender(bench.outbox, secrets, settings=bench.settings)
+        assert [sender.send(one) for one in bench.outbox.due()] == [True, True]
+        for delivery in bench.outbox.for_job(job_id):
+            assert delivery.state == "pending"
+            assert "REEL_SECRET_KEY" in delivery.error
+            bench.make_due(delivery.id)
+        send_all(bench)
+        receiver.wait(2)
+    assert {delivery.state for delivery in bench.outbox.for_job(job_id)} == {"delivered"}
 
 
 def test_a_deleted_endpoint_hears_nothing_more(bench: Bench) -> None:

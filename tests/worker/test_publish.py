@@ -17,6 +17,7 @@ from jobs.store import JobStore
 from tests.support.jobs import new_job, result
 from tests.support.node import until
 from tests.support.proxy import Proxy
+from worker import publish
 from worker.drain import Drain
 from worker.publish import Finished, Publisher
 from worker.spool import Spool
@@ -128,6 +129,25 @@ def test_a_commit_whose_reply_was_lost_keeps_its_files(bench: Bench, stop: str) 
     assert done.result.video_key in bench.keys(job)
     assert len(bench.keys(job)) == 3
     assert not (bench.spool.root / job.id).exists()
+
+
+def test_a_redis_that_is_away_at_the_commit_is_waited_for(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publish, "pause", lambda *_: None)
+    real, away = bench.store.finish, [StoreUnavailable("away")] * 3
+
+    def finish(*args: object) -> Job:
+        if away:
+            raise away.pop()
+        return real(*args)  # type: ignore[arg-type]
+
+    bench.store.finish = finish  # type: ignore[method-assign]
+    job = bench.claimed()
+    bench.publisher.take(bench.made(job))
+    bench.publisher.wait()
+    done = bench.store.get(job.id)
+    assert (done.state, done.attempts, len(bench.keys(job))) == (JobState.SUCCEEDED, 0, 3)
 
 
 def test_a_late_cancel_wins_while_nothing_is_committed(bench: Bench) -> None:
