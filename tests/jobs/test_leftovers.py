@@ -8,6 +8,7 @@ from jobs.job import JobError, Priority
 from jobs.outbox import Outbox
 from jobs.scripts import ENDPOINT_LOG
 from jobs.store import JobStore
+from jobs.sweep import garbage_later
 from tests.jobs.conftest import MakeStore
 from tests.support.jobs import new_job
 from tests.support.redis import rewind
@@ -151,3 +152,9 @@ def test_a_deleted_jobs_webhook_that_is_sent_again_still_ends(store: JobStore, o
     assert (
         0 < store.redis.execute_command("TTL", f"reel:pending:{job_id}") <= store.settings.retention_seconds
     )
+
+
+def test_files_that_are_gone_are_not_put_off(store: JobStore) -> None:
+    """Two cleaners at once: the one that failed comes after the one that removed them."""
+    garbage_later(store.redis, "job_removed")
+    assert store.garbage() == []

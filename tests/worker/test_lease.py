@@ -1,11 +1,17 @@
-"""Telling the store how a job ended while Redis is away, and how long a draining node goes on."""
+"""A lease and the last word on a job while Redis is away, and how long a draining node goes on."""
+
+import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from jobs.errors import IllegalTransition, JobNotFound, LeaseLost, StoreUnavailable
+from jobs.job import Phase
+from tests.support.node import until
 from worker import lease
 from worker.drain import Drain
-from worker.lease import tell
+from worker.lease import Lease, tell
 
 
 class Redis:
@@ -21,11 +27,13 @@ class Redis:
         return "told"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease.time, "sleep", lambda seconds: None)
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: None)
+    monkeypatch.setattr(lease, "time", clock)
 
 
+@pytest.mark.usefixtures("_no_waits")
 def test_a_redis_that_comes_back_is_told() -> None:
     redis = Redis(*[StoreUnavailable("away")] * 3)
     assert tell(redis.call, 60.0) == "told"
@@ -46,6 +54,36 @@ def test_a_job_that_is_no_longer_ours_is_let_go(error: Exception) -> None:
     redis = Redis(error)
     assert tell(redis.call) is None
     assert redis.calls == 1
+
+
+class Store:
+    """Answers heartbeats with what it was given, one after the other; the last one for ever after."""
+
+    def __init__(self, *answers: bool | Exception) -> None:
+        self.answers, self.beats = list(answers), 0
+
+    def heartbeat(self, *_: object, **__: object) -> bool:
+        self.beats += 1
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+@pytest.mark.parametrize(
+    ("last", "flags"),
+    [(False, (False, False)), (True, (True, False)), (LeaseLost("job_1", 1, "gone"), (False, True))],
+)
+def test_a_lease_is_renewed_again_when_redis_is_back(
+    monkeypatch: pytest.MonkeyPatch, last: bool | Exception, flags: tuple[bool, bool]
+) -> None:
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.001)
+    store: Any = Store(False, StoreUnavailable("away"), StoreUnavailable("away"), last)
+    job: Any = SimpleNamespace(id="job_1", token=1, step=4)
+    with Lease(store, job, Phase.PUBLISHING, 0.98) as held:
+        until(lambda: store.beats >= 4, 5, "a fourth beat")
+    assert (held.canceled, held.lost) == flags
+    assert held.over == any(flags)
 
 
 def test_a_drains_grace_can_be_shortened_and_not_lengthened() -> None:
