@@ -7,6 +7,7 @@ import pytest
 from jobs.errors import IllegalTransition, JobNotFound
 from jobs.job import FailureClass, Job, JobError, JobState
 from jobs.store import DETAIL_LIMIT, JobStore
+from jobs.sweep import SweepReport
 from tests.jobs.conftest import MakeStore
 from tests.support.jobs import new_job, result
 from tests.support.redis import rewind
@@ -187,7 +188,7 @@ def test_a_cancel_that_comes_too_late_loses(store: JobStore) -> None:
     assert store.finish(job.id, job.token, result()).state == JobState.SUCCEEDED
 
 
-@pytest.mark.parametrize("end", ["fail", "give_back", "lost"])
+@pytest.mark.parametrize("end", ["fail", "give_back", "lost", "swept"])
 def test_a_canceled_attempt_is_not_tried_again(store: JobStore, end: str) -> None:
     store.submit(new_job())
     job = claimed(store)
@@ -198,6 +199,8 @@ def test_a_canceled_attempt_is_not_tried_again(store: JobStore, end: str) -> Non
         store.give_back(job.id, job.token)
     else:
         rewind(store.redis, job.id, lease=True)
+        if end == "swept":
+            assert store.sweep() == SweepReport(canceled=[job.id])
         assert store.claim("tiny", "other") is None
     assert store.get(job.id).state == JobState.CANCELED
     assert store.dead() == ([], None)
