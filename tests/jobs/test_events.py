@@ -54,6 +54,13 @@ def test_a_job_s_life(store: JobStore) -> None:
     assert last_event_id(store.redis, job.id) == events[-1].id
 
 
+@pytest.mark.parametrize(("said", "shown"), [(-0.5, 0), (1.5, 1)])
+def test_progress_stays_between_0_and_1(store: JobStore, said: float, shown: float) -> None:
+    job, _ = store.submit(new_job())
+    store.heartbeat(job.id, claim(store), phase="denoising", step=1, progress=said)
+    assert store.get(job.id).progress == shown
+
+
 def test_a_failed_attempt_says_why_and_a_wish_to_cancel_is_told_once(store: JobStore) -> None:
     job, _ = store.submit(new_job())
     store.fail(job.id, claim(store), JobError(type="boom", title="Boom", detail="it broke"))

@@ -3,8 +3,6 @@
 import threading
 import time
 
-import pytest
-
 from jobs.job import Job, Priority
 from jobs.store import JobStore
 from tests.jobs.conftest import MakeStore
@@ -252,9 +250,11 @@ def test_a_sleeping_node_is_woken(store: JobStore) -> None:
     assert woken[0][1] < 2
 
 
-@pytest.mark.parametrize("timeout", [0.05])
-def test_nobody_is_woken_for_nothing(store: JobStore, timeout: float) -> None:
-    assert not store.wait_wake("tiny", timeout)
+def test_nobody_is_woken_for_nothing_and_a_sleep_ends_before_the_connection(make_store: MakeStore) -> None:
+    began = time.monotonic()
+    assert not make_store().wait_wake("tiny", 0.05)
+    assert not make_store(redis_timeout=0.1).wait_wake("tiny", 60)
+    assert time.monotonic() - began < 2
 
 
 def test_claims_from_many_threads_give_each_job_once(store: JobStore) -> None:
