@@ -13,7 +13,7 @@ import pytest
 
 import worker.lease
 from jobs.client import connect
-from jobs.errors import StorageUnavailable
+from jobs.errors import StorageUnavailable, StoreUnavailable
 from jobs.job import FailureClass, Job, JobState
 from jobs.settings import Settings
 from jobs.store import JobStore
@@ -298,3 +298,16 @@ def test_ranks_have_three_tries_to_come_back(bench: Bench, failures: int) -> Non
     else:
         bench.loop.start_group()
     assert (bench.group.starts, bench.group.ends) == (3, failures)
+
+
+def test_a_redis_that_is_away_ends_no_claim_loop(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: object) -> Job:
+        raise StoreUnavailable("away")
+
+    job_id = bench.submit()
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.store, "claim", away)
+        assert bench.loop.claim() is None
+    job = bench.loop.claim()
+    assert job is not None
+    assert job.id == job_id
