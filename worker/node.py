@@ -116,7 +116,7 @@ class NodeActor:
             job = found[0] if found else None
             if job is None or (job.terminal and job.state is not JobState.FAILED):
                 self.spool.drop(job_id)
-            elif job.owner == self.plan.node_id and job.token == token:
+            elif (job.state, job.owner, job.token) == (JobState.RUNNING, self.plan.node_id, token):
                 log.info("job %s: publishing what an earlier cluster finished", job_id)
                 self.publisher.take(Finished(job, folder))
 

@@ -32,8 +32,9 @@ end
 
 rise(model)
 local budget = 256 -- entries removed in one call, so that a long run of dead ones can't block Redis; as each `more`
--- removed so many, it is not answered for ever. Entries that are left (8 in each of 64 lanes) need no such bound.
-local lanes = redis.call('ZRANGE', P .. 'lanes:' .. model, 0, 63, 'WITHSCORES')
+-- removed some, it is not answered for ever. Entries that are left (8 in each of 64 lanes) need no such bound.
+local ranks = P .. 'lanes:' .. model
+local lanes = redis.call('ZRANGE', ranks, 0, 63, 'WITHSCORES')
 for i = 1, #lanes, 2 do
   local level, key = tonumber(string.sub(lanes[i], 1, 1)), string.sub(lanes[i], 3)
   local skipped = 0
@@ -54,6 +55,8 @@ for i = 1, #lanes, 2 do
       conclude(job, 'expired', {})
     elseif tonumber(job.schema) > schema then
       skipped = skipped + 1
+    elseif redis.call('ZSCORE', ranks, lanes[i]) ~= lanes[i + 1] then
+      return {'more'} -- its lane's rank was that of a head which was removed just now
     else
       dequeue(job)
       job.turn = charge_turn(job, tonumber(lanes[i + 1]))

@@ -7,6 +7,7 @@ import pytest
 from jobs.errors import IllegalTransition, JobNotFound
 from jobs.job import FailureClass, Job, JobError, JobState
 from jobs.store import DETAIL_LIMIT, JobStore
+from jobs.sweep import SweepReport
 from tests.jobs.conftest import MakeStore
 from tests.support.jobs import new_job, result
 from tests.support.redis import rewind
@@ -100,6 +101,27 @@ def test_replay_starts_afresh_and_the_token_goes_on_rising(make_store: MakeStore
         store.replay("job_nowhere")
 
 
+def test_a_replayed_job_has_all_its_tries_again_and_no_old_end(store: JobStore) -> None:
+    """Neither the deadline before its first start nor the retention after its end count any more."""
+    new, behind = new_job(deadline_seconds=1000), new_job()
+    for one in (new, behind):
+        store.submit(one)
+    store.reject(new.id, error(F.INFRASTRUCTURE))
+    again = store.replay(new.id)
+    assert (again.state, again.deadline_at) == (JobState.QUEUED, None)
+    assert [store.position(one.id) for one in (behind, new)] == [0, 1], "it goes to the back of its lane"
+    store.cancel(behind.id)
+    rewind(store.redis, new.id, deadline=True)
+    store.redis.execute_command("ZADD", "reel:retention", "XX", 1, new.id)
+    assert store.sweep().purged == []
+    for state in (JobState.QUEUED, JobState.FAILED):
+        job = claimed(store)
+        assert store.fail(job.id, job.token, error(F.OUT_OF_MEMORY)).state == state
+    store.replay(new.id)
+    job = claimed(store)
+    assert store.fail(job.id, job.token, error(F.OUT_OF_MEMORY)).state == JobState.QUEUED
+
+
 def test_a_users_error_is_not_replayed(store: JobStore) -> None:
     store.submit(new_job())
     job = claimed(store)
@@ -166,7 +188,7 @@ def test_a_cancel_that_comes_too_late_loses(store: JobStore) -> None:
     assert store.finish(job.id, job.token, result()).state == JobState.SUCCEEDED
 
 
-@pytest.mark.parametrize("end", ["fail", "give_back", "lost"])
+@pytest.mark.parametrize("end", ["fail", "give_back", "lost", "swept"])
 def test_a_canceled_attempt_is_not_tried_again(store: JobStore, end: str) -> None:
     store.submit(new_job())
     job = claimed(store)
@@ -177,6 +199,8 @@ def test_a_canceled_attempt_is_not_tried_again(store: JobStore, end: str) -> Non
         store.give_back(job.id, job.token)
     else:
         rewind(store.redis, job.id, lease=True)
+        if end == "swept":
+            assert store.sweep() == SweepReport(canceled=[job.id])
         assert store.claim("tiny", "other") is None
     assert store.get(job.id).state == JobState.CANCELED
     assert store.dead() == ([], None)
@@ -187,6 +211,7 @@ def test_a_deadline_before_the_start_expires_the_job(store: JobStore, by: str) -
     new, other = new_job(deadline_seconds=0.05), new_job(deadline_seconds=100)
     store.submit(new)
     store.submit(other)
+    assert store.scripts.run("expire", other.id) == ["none"], "not late: a sweep read an old list"
     time.sleep(0.06)
     if by == "claim":
         assert claimed(store).id == other.id

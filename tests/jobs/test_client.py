@@ -8,16 +8,18 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import redis as redis_py
 
-from jobs.client import connect, guard
+from jobs.client import RedisClient, connect, guard
+from jobs.endpoints import EndpointStore
 from jobs.errors import StoreUnavailable
 from jobs.events import read_events
-from jobs.job import JobState
+from jobs.job import Job, JobError, JobState, WebhookEvent
 from jobs.outbox import Outbox
 from jobs.settings import Settings
 from jobs.store import JobStore
 from tests.support.jobs import new_job, result
 from tests.support.redis import open_port, redis_server
 
+ERROR = JobError(type="boom", title="Boom", detail="it broke")
 CALLS: dict[str, Callable[[JobStore], object]] = {
     "submit": lambda store: store.submit(new_job()),
     "get": lambda store: store.get("job_x"),
@@ -145,6 +147,45 @@ def test_a_replica_that_only_received_confirms_nothing() -> None:
             with pytest.raises(StoreUnavailable, match="0 of 1 replicas confirmed"):
                 submitted.result()
         store.redis.close()
+
+
+TOLD: dict[str, Callable[[JobStore, Job], object]] = {
+    "submit": lambda store, job: store.submit(new_job()),
+    "finish": lambda store, job: store.finish(job.id, job.token, result()),
+    "fail": lambda store, job: store.fail(job.id, job.token, ERROR),
+    "cancel": lambda store, job: store.cancel(job.id),
+    "cancel_running": lambda store, job: (
+        JobStore(store.redis, Settings()).cancel(job.id),
+        store.cancel_running(job.id, job.token),
+    ),
+    "a webhook's end": lambda store, job: Outbox(store.redis, store.settings).delivered(
+        f"msg_{job.id.removeprefix('job_')}_1", 200, attempt=0
+    ),
+    "an endpoint": lambda store, job: EndpointStore(store.redis, store.settings, "x" * 16).add(
+        "key_a", "https://example.com/", ()
+    ),
+}
+UNTOLD: dict[str, Callable[[JobStore, Job], object]] = {
+    "claim": lambda store, job: store.claim("tiny", "node"),
+    "heartbeat": lambda store, job: store.heartbeat(
+        job.id, job.token, phase="denoising", step=1, progress=0.5
+    ),
+    "give_back": lambda store, job: store.give_back(job.id, job.token),
+}
+
+
+@pytest.mark.parametrize("name", [*TOLD, *UNTOLD])
+def test_what_somebody_is_told_of_waits_for_replicas(redis: RedisClient, store: JobStore, name: str) -> None:
+    """And nothing else does: a claim or a renewal that is lost is made anew."""
+    store.submit(new_job(callback_url="https://example.com/", webhook_events=tuple(WebhookEvent)))
+    job = store.claim("tiny", "node")
+    assert job is not None
+    strict = JobStore(redis, store.settings.model_copy(update={"redis_wait_replicas": 1, "redis_wait_ms": 1}))
+    if name in UNTOLD:
+        UNTOLD[name](strict, job)
+    else:
+        with pytest.raises(StoreUnavailable, match="0 of 1 replicas confirmed"):
+            TOLD[name](strict, job)
 
 
 @pytest.mark.parametrize(

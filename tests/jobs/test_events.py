@@ -8,6 +8,7 @@ import pytest
 
 from jobs.client import connect_async
 from jobs.events import START, Event, last_event_id, read_events, read_events_async, valid_event_id
+from jobs.job import JobError
 from jobs.scripts import EVENTS_CAP
 from jobs.store import JobStore
 from tests.support.jobs import new_job, result
@@ -51,6 +52,34 @@ def test_a_job_s_life(store: JobStore) -> None:
     versions = [event.data["version"] for event in events]
     assert versions == sorted(set(versions))
     assert last_event_id(store.redis, job.id) == events[-1].id
+
+
+@pytest.mark.parametrize(("said", "shown"), [(-0.5, 0), (1.5, 1)])
+def test_progress_stays_between_0_and_1(store: JobStore, said: float, shown: float) -> None:
+    job, _ = store.submit(new_job())
+    store.heartbeat(job.id, claim(store), phase="denoising", step=1, progress=said)
+    assert store.get(job.id).progress == shown
+
+
+def test_a_failed_attempt_says_why_and_a_wish_to_cancel_is_told_once(store: JobStore) -> None:
+    job, _ = store.submit(new_job())
+    store.fail(job.id, claim(store), JobError(type="boom", title="Boom", detail="it broke"))
+    token = claim(store)
+    for _ in range(2):
+        store.cancel(job.id)
+    store.cancel_running(job.id, token)
+    _, _, again, _, asked, ended = read_events(store.redis, job.id)
+    assert (again.type, again.data["reason"]["detail"], again.data["error"]) == (
+        "job.queued",
+        "it broke",
+        None,
+    )
+    assert (asked.type, asked.data["state"], asked.data["cancel_requested"]) == (
+        "job.cancel_requested",
+        "running",
+        True,
+    )
+    assert (ended.type, ended.data["state"]) == ("job.canceled", "canceled")
 
 
 def test_a_waiting_job_s_first_event_is_the_one_written_later(store: JobStore) -> None:

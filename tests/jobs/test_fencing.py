@@ -10,6 +10,7 @@ from jobs.job import Job, JobError, JobState
 from jobs.store import JobStore
 from tests.jobs.conftest import MakeStore
 from tests.support.jobs import new_job, result
+from tests.support.redis import rewind
 
 ERROR = JobError(type="boom", title="Boom", detail="it broke")
 NODE_SIDE: dict[str, Callable[[JobStore, str, int], object]] = {
@@ -111,6 +112,45 @@ def test_a_live_lease_is_not_taken_over(make_store: MakeStore) -> None:
         assert store.sweep().total == 0
         store.heartbeat(job.id, job.token, phase="denoising", step=step, progress=step / 5)
     assert store.get(job.id).owner == "node"
+
+
+def test_a_newer_jobs_lost_lease_is_left_to_newer_nodes(store: JobStore) -> None:
+    """An older node could not run it, and each try would cost an attempt; what it can run it takes over."""
+    jobs = []
+    for schema in ("2", "1"):
+        store.submit(new_job())
+        jobs.append(claimed(store, "dead"))
+        store.redis.execute_command("HSET", f"reel:job:{jobs[-1].id}", "schema", schema)
+    for job in jobs:
+        rewind(store.redis, job.id, lease=True)
+    newer, plain = jobs
+    taken = store.claim("tiny", "old", schema=1)
+    assert taken is not None
+    assert (taken.id, taken.attempts) == (plain.id, 1)
+    assert store.claim("tiny", "old", schema=1) is None
+    assert (store.get(newer.id).state, store.get(newer.id).attempts) == (JobState.RUNNING, 0)
+    taken = store.claim("tiny", "new", schema=2)
+    assert taken is not None
+    assert taken.id == newer.id
+
+
+def test_a_lease_that_was_renewed_since_a_sweep_looked_is_kept(store: JobStore) -> None:
+    store.submit(new_job())
+    job = claimed(store)
+    assert store.scripts.run("lose", job.id, "tiny") == ["none"]
+    assert store.get(job.id) == job
+
+
+def test_a_renewal_is_in_the_record_and_in_the_list_of_leases(store: JobStore) -> None:
+    store.submit(new_job())
+    job = claimed(store)
+    rewind(store.redis, job.id, lease=True)
+    store.heartbeat(job.id, job.token, phase="denoising", step=1, progress=0.1)
+    now = store.get(job.id)
+    assert now.lease_until is not None
+    assert job.lease_until is not None
+    assert now.lease_until > job.lease_until
+    assert float(store.redis.execute_command("ZSCORE", "reel:leases:tiny", job.id)) == now.lease_until
 
 
 def test_an_expired_lease_that_nobody_took_can_still_be_renewed(make_store: MakeStore) -> None:

@@ -3,12 +3,11 @@
 import threading
 import time
 
-import pytest
-
 from jobs.job import Job, Priority
 from jobs.store import JobStore
 from tests.jobs.conftest import MakeStore
 from tests.support.jobs import new_job, result, video_request
+from tests.support.redis import rewind
 
 P = Priority
 
@@ -118,15 +117,40 @@ def test_a_sweep_also_lifts_lanes(make_store: MakeStore) -> None:
     assert [job.id for job in drain(store)] == [high[0].id, normal.id, low.id, high[1].id]
 
 
+def test_a_late_job_s_age_is_not_its_successor_s(make_store: MakeStore) -> None:
+    """A lane's head rose to the top and expired there: the fresh job behind it waits at its own level."""
+    store = make_store(aging_seconds=9999)
+    late, fresh = submit(store, "a", P.LOW, deadline_seconds=100), submit(store, "a", P.LOW)
+    store.redis.execute_command("ZADD", "reel:lane:tiny:2:a", 1, late.id)  # has waited since 1970
+    store.redis.execute_command("ZADD", "reel:rising:tiny", 1, "2:a")
+    assert store.scripts.run("rise", "tiny") == 1
+    normal = submit(store, "b")
+    rewind(store.redis, late.id, deadline=True)
+    assert [job.id for job in drain(store)] == [normal.id, fresh.id]
+
+
 def test_a_returned_turn_is_refunded(store: JobStore) -> None:
     for _ in range(4):
         submit(store, "a")
         submit(store, "b")
-    first = store.claim("tiny", "node")
-    assert first is not None
-    store.give_back(first.id, first.token)
-    order = [job.key_id for job in drain(store, 4)]
-    assert sorted(order[:2]) == sorted(order[2:]) == ["a", "b"]
+    for _ in range(3):
+        first = store.claim("tiny", "node")
+        assert first is not None
+        assert first.key_id == "a"
+        store.give_back(first.id, first.token)
+    assert [job.key_id for job in drain(store, 4)] == ["a", "b", "a", "b"]
+
+
+def test_a_key_s_lanes_share_its_turns_at_the_level_that_they_rose_to(store: JobStore) -> None:
+    for _ in range(2):
+        submit(store, "a", P.HIGH)
+        old = submit(store, "a")
+        store.redis.execute_command("ZADD", "reel:lane:tiny:1:a", 1, old.id)  # has waited since 1970
+    store.redis.execute_command("ZADD", "reel:rising:tiny", 1, "1:a")
+    for _ in range(4):
+        submit(store, "b", P.HIGH)
+    order = [job.key_id for job in drain(store)]
+    assert [sorted(order[place : place + 2]) for place in range(0, 8, 2)] == [["a", "b"]] * 4
 
 
 def test_models_have_queues_of_their_own(store: JobStore) -> None:
@@ -226,9 +250,11 @@ def test_a_sleeping_node_is_woken(store: JobStore) -> None:
     assert woken[0][1] < 2
 
 
-@pytest.mark.parametrize("timeout", [0.05])
-def test_nobody_is_woken_for_nothing(store: JobStore, timeout: float) -> None:
-    assert not store.wait_wake("tiny", timeout)
+def test_nobody_is_woken_for_nothing_and_a_sleep_ends_before_the_connection(make_store: MakeStore) -> None:
+    began = time.monotonic()
+    assert not make_store().wait_wake("tiny", 0.05)
+    assert not make_store(redis_timeout=0.1).wait_wake("tiny", 60)
+    assert time.monotonic() - began < 2
 
 
 def test_claims_from_many_threads_give_each_job_once(store: JobStore) -> None:

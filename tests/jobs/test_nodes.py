@@ -47,6 +47,16 @@ def test_draining_is_asked_for_through_redis(nodes: NodeRegistry) -> None:
     assert not nodes.list()[0].drain_requested
 
 
+def test_a_wish_to_drain_ends_with_its_node_or_after_a_day(nodes: NodeRegistry, redis: RedisClient) -> None:
+    started = nodes.register(NodeInfo(id="n1", model="tiny")).started_at
+    assert nodes.request_drain("n1")
+    assert 86_000 < redis.execute_command("TTL", "reel:drain:n1") <= 86_400
+    again = nodes.register(NodeInfo(id="n1", model="tiny", started_at=started))  # it was silent for long
+    assert (again.started_at, nodes.drain_requested("n1")) == (started, True)
+    nodes.remove("n1")
+    assert redis.execute_command("KEYS", "*") == []
+
+
 def test_model_cards(nodes: NodeRegistry) -> None:
     nodes.publish_model(card(name="b"))
     nodes.publish_model(card(name="a"))

@@ -79,6 +79,7 @@ def test_deliveries_of_a_job_go_in_order(store: JobStore, outbox: Outbox) -> Non
     assert sent == ["job.started", "job.progress", "job.succeeded"]
     assert [(d.state, d.status) for d in outbox.for_job(job_id)] == [("delivered", 200)] * 3
     assert outbox.pending() == 0
+    assert store.redis.execute_command("HGETALL", "reel:outcomes") == {"retry": "1", "delivered": "3"}
 
 
 def test_jobs_do_not_wait_for_each_other(store: JobStore, outbox: Outbox) -> None:
@@ -161,8 +162,10 @@ def test_redelivery_keeps_the_id_and_queues_behind(store: JobStore, outbox: Outb
     run(store, job_id)
     first = take(outbox)
     outbox.dead(first.id, attempt=first.attempt, status=410, gone=True)
+    assert outbox.gone(URL)
     for delivery in outbox.for_job(job_id):
         assert outbox.redeliver(delivery.id)
+    assert not outbox.gone(URL), "somebody says that the address is good again"
     assert outbox.dead_letter() == []
     again = take(outbox)
     assert (again.id, again.attempts, again.data) == (first.id, 1, first.data)

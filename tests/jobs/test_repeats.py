@@ -2,14 +2,16 @@
 answered as if nothing had been lost.
 """
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from redis.exceptions import ConnectionError as RedisGone
 
-from jobs.errors import IllegalTransition, JobNotFound
+from jobs.errors import IllegalTransition, JobNotFound, StoreUnavailable
 from jobs.job import FailureClass, Job, JobError
+from jobs.outbox import Outbox
 from jobs.store import JobStore
 from tests.support.jobs import new_job
 
@@ -76,6 +78,47 @@ def test_a_lost_reply_changes_nothing(store: JobStore, name: str, monkeypatch: p
             store.get(job.id)
     else:
         assert store.get(job.id) == answer  # the version too: it happened once
+
+
+def test_a_claim_after_one_that_was_not_answered_finds_its_job(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long Redis was away: the job would have to wait for its lease's end, and lose a try."""
+    for _ in range(2):
+        waiting(store)
+    real, taken = store.scripts.run, list[str]()
+
+    def unheard(name: str, *args: Any, **options: Any) -> Any:
+        reply = real(name, *args, **options)
+        taken.append(json.loads(reply[1])["id"])
+        raise StoreUnavailable("the reply was lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.scripts, "run", unheard)
+        with pytest.raises(StoreUnavailable):
+            store.claim("tiny", "node")
+    claims = [store.claim("tiny", "node") for _ in range(3)]
+    ids = [job.id if job else None for job in claims]
+    assert ids[0] == taken[0]
+    assert ids[1] not in (None, ids[0])
+    assert ids[2] is None
+
+
+def test_a_test_event_that_is_sent_again_is_one(store: JobStore, outbox: Outbox) -> None:
+    args = ("msg_0_1", "key_a", "we_0", "https://a.example/", "{}")
+    assert store.scripts.run("outbox_ping", *args) == store.scripts.run("outbox_ping", *args)
+    assert len(outbox.for_endpoint("we_0")) == outbox.pending() == 1
+
+
+def test_an_endpoints_record_that_is_sent_again_is_one(store: JobStore) -> None:
+    """A "no" to the repeat of the last one that fits would take its secret away."""
+    run = store.scripts.run
+    assert [run("endpoint_add", "key_a", "we_0", "old", 1) for _ in range(2)] == [1, 1]
+    assert run("endpoint_add", "key_a", "we_1", "another", 1) == 0
+    assert [run("endpoint_change", "key_a", "we_0", "old", "new") for _ in range(2)] == ["done", "done"]
+    assert run("endpoint_change", "key_a", "we_0", "old", "newer") == "differs"
+    assert run("endpoint_change", "key_a", "we_1", "old", "new") == "gone"
+    assert store.redis.execute_command("HGETALL", "reel:endpoints:key_a") == {"we_0": "new"}
 
 
 def test_asking_anew_is_no_repeat(store: JobStore) -> None:

@@ -47,6 +47,10 @@ def test_the_same_key_and_another_body_is_a_conflict(store: JobStore) -> None:
     first, _ = store.submit(new_job(idempotency_key="k", body_hash="h"))
     with pytest.raises(IdempotencyConflict, match=first.id):
         store.submit(new_job(idempotency_key="k", body_hash="other"))
+    with pytest.raises(IdempotencyConflict, match=first.id):
+        store.submitted("key_a", "k", "other")
+    assert store.submitted("key_a", "k", "h") == first
+    assert store.submitted("key_b", "k", "h") is None
 
 
 def test_idempotency_keys_belong_to_one_api_key(store: JobStore) -> None:

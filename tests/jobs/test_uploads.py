@@ -1,8 +1,12 @@
 """Input images stay while a job may need them, and go afterwards."""
 
+from jobs.job import JobError
 from jobs.store import JobStore
 from jobs.uploads import UPLOADS, UploadIndex, owned_upload, upload_key
+from tests.jobs.conftest import MakeStore
 from tests.support.jobs import new_job, result, video_request
+
+USERS = f"{UPLOADS}:users"
 
 
 def age(store: JobStore, key: str) -> None:
@@ -35,10 +39,49 @@ def test_an_image_that_a_live_job_uses_stays(store: JobStore) -> None:
         assert job.request.image == key
         age(store, key)
         assert index.due() == []
+        age(store, key)
         store.finish(job.id, job.token, result())
     assert index.due() == []  # the retention time starts anew
+    assert store.redis.execute_command("HLEN", USERS) == 0
     age(store, key)
     assert index.due() == [key]
+
+
+def test_an_image_in_use_is_looked_at_once_an_hour(store: JobStore) -> None:
+    """Else a hundred of them would be all that the sweeper ever sees."""
+    index = UploadIndex(store.redis, store.settings)
+    store.submit(new_job(request=video_request(image="a, used")))
+    for key in ("a, used", "b, unused"):
+        index.add(key)
+        age(store, key)
+    assert index.due(1) == []
+    assert index.due(1) == ["b, unused"]
+
+
+def test_a_replayed_job_keeps_its_image(make_store: MakeStore) -> None:
+    store = make_store(max_attempts=1)
+    index = UploadIndex(store.redis, store.settings)
+    index.add("used")
+    store.submit(new_job(request=video_request(image="used")))
+    job = store.claim("tiny", "node")
+    assert job is not None
+    store.fail(job.id, job.token, JobError(type="x", title="x", detail="x"))
+    store.replay(job.id)
+    age(store, "used")
+    assert index.due() == []
+    store.cancel(job.id)
+    assert store.redis.execute_command("HLEN", USERS) == 0
+
+
+def test_an_image_that_is_gone_does_not_come_back(store: JobStore) -> None:
+    """Neither by the end of a job that used it nor by being put off."""
+    index = UploadIndex(store.redis, store.settings)
+    index.add("used")
+    job, _ = store.submit(new_job(request=video_request(image="used")))
+    index.done("used")
+    store.cancel(job.id)
+    index.later("used")
+    assert not index.known("used")
 
 
 def test_whose_image(store: JobStore) -> None:

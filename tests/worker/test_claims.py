@@ -13,7 +13,7 @@ import pytest
 
 import worker.lease
 from jobs.client import connect
-from jobs.errors import StorageUnavailable
+from jobs.errors import StorageUnavailable, StoreUnavailable
 from jobs.job import FailureClass, Job, JobState
 from jobs.settings import Settings
 from jobs.store import JobStore
@@ -22,9 +22,10 @@ from tests.support.node import until
 from worker import patience
 from worker.claims import ClaimLoop
 from worker.drain import Drain
+from worker.group import GroupBroken
 from worker.patience import Rest
-from worker.publish import Publisher
-from worker.reports import RankReport
+from worker.publish import Finished, Publisher
+from worker.reports import RankReport, Stop
 from worker.spool import Spool
 from worker.video import VideoFacts
 
@@ -52,16 +53,30 @@ class Storage:
 
 
 class Group:
-    """Ranks that refuse every request, after they were seen to get it."""
+    """Ranks that refuse every request, after they were seen to get it, unless another `outcome` is set."""
 
     leader = None
 
     def __init__(self) -> None:
         self.images: list[bytes] = []
+        self.outcome: RankReport | GroupBroken = RankReport(
+            0, "failed", failure=FailureClass.USER, detail="the ranks had it"
+        )
+        self.failures = self.starts = self.ends = 0  # failures: starts that fail
 
     def generate(self, job: Job, request: Any, folder: Path) -> RankReport:
         self.images.append(request.image.read_bytes() if request.image else b"")
-        return RankReport(0, "failed", failure=FailureClass.USER, detail="the ranks had it")
+        if isinstance(self.outcome, GroupBroken):
+            raise self.outcome
+        return self.outcome
+
+    def start(self) -> None:
+        self.starts += 1
+        if self.starts <= self.failures:
+            raise GroupBroken(FailureClass.INFRASTRUCTURE, "a rank did not start")
+
+    def end(self) -> None:
+        self.ends += 1
 
 
 class Bench:
@@ -80,6 +95,12 @@ class Bench:
     def submit(self, *, image: bool = True) -> str:
         asked = video_request(image="uploads/key_a/img_x.png" if image else None)
         return self.store.submit(new_job().model_copy(update={"request": asked}))[0].id
+
+    def claimed(self, *, image: bool = True) -> Job:
+        self.submit(image=image)
+        job = self.store.claim("tiny", "node-a")
+        assert job is not None
+        return job
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -175,8 +196,10 @@ def test_a_bad_spool_folder_costs_one_attempt_and_goes(bench: Bench) -> None:
     folder.mkdir(parents=True)
     facts = VideoFacts(job_id, 64, 48, 5, 16.0, 1, "0" * 64)
     (folder / "facts.json").write_text(json.dumps(asdict(facts)))
+    began = time.monotonic()
     with bench.running():
         until(lambda: bench.group.images, 5, "the ranks to make it anew")
+        assert time.monotonic() - began >= 1.0, "the node rests after a failure of its own"
     assert bench.store.get(job_id).attempts == 2  # the second is the ranks' refusal
     assert not folder.exists()
 
@@ -189,3 +212,102 @@ def test_rests_grow_and_a_success_ends_them() -> None:
     rest.worked()
     assert rest.left == 0
     assert rest.failed() == 1
+
+
+def test_a_cancel_during_a_download_keeps_the_ranks_free(bench: Bench) -> None:
+    job = bench.claimed()
+
+    def slow(key: str, path: Path) -> None:
+        bench.store.cancel(job.id)
+        path.write_bytes(b"image")
+        time.sleep(0.4)  # the lease's thread reads the flag meanwhile
+
+    bench.storage.get_file = slow  # type: ignore[method-assign]
+    bench.loop.work(job)
+    assert bench.store.get(job.id).state is JobState.CANCELED
+    assert bench.group.images == []
+
+
+def test_a_drained_node_ends_after_what_it_publishes(bench: Bench) -> None:
+    release = threading.Event()
+    job = bench.claimed(image=False)
+    bench.publisher.take(Finished(job, bench.spool.folder(job), lambda: release.wait(10) and None))
+    bench.drain.ask(60.0)
+    loop = threading.Thread(target=bench.loop.run, daemon=True)
+    loop.start()
+    loop.join(0.2)
+    assert loop.is_alive()
+    release.set()
+    loop.join(10)
+    assert not loop.is_alive()
+    assert bench.publisher.job is None
+
+
+def test_an_image_that_the_disk_does_not_take_leaves_nothing(bench: Bench) -> None:
+    def full(key: str, path: Path) -> None:
+        path.write_bytes(b"ima")
+        raise OSError(28, "No space left on device")
+
+    bench.storage.get_file = full  # type: ignore[method-assign]
+    job = bench.claimed()
+    bench.loop.work(job)
+    now = bench.store.get(job.id)
+    assert (now.state, now.attempts) == (JobState.QUEUED, 1)
+    assert list(bench.spool.root.glob("*")) == []
+
+
+@pytest.mark.parametrize(
+    ("stop", "state"),
+    [("cancel", JobState.CANCELED), ("drain", JobState.QUEUED), ("lease_lost", JobState.RUNNING)],
+)
+def test_what_follows_when_the_ranks_stopped(bench: Bench, stop: Stop, state: JobState) -> None:
+    """Each is free without an attempt charged; of a lost one nothing is said."""
+    job = bench.claimed(image=False)
+    if stop == "cancel":
+        bench.store.cancel(job.id)
+    bench.group.outcome = RankReport(0, "stopped", stop=stop)
+    bench.loop.work(job)
+    now = bench.store.get(job.id)
+    assert (now.state, now.attempts) == (state, 0)
+    assert list(bench.spool.root.glob("*")) == []
+
+
+@pytest.mark.parametrize(("grace", "attempts", "starts"), [(None, 1, 1), (60.0, 1, 0), (0.0, 0, 0)])
+def test_a_job_is_free_before_its_broken_ranks_come_back(
+    bench: Bench, grace: float | None, attempts: int, starts: int
+) -> None:
+    """Ranks that a drain killed after its grace cost no attempt, and a draining node starts none."""
+    job = bench.claimed(image=False)
+    if grace is not None:
+        bench.drain.ask(grace)
+    states: list[JobState] = []
+    bench.group.end = lambda: states.append(bench.store.get(job.id).state)  # type: ignore[method-assign]
+    bench.group.outcome = GroupBroken(FailureClass.INFRASTRUCTURE, "a rank died")
+    bench.loop.work(job)
+    assert states == [JobState.QUEUED]
+    assert (bench.store.get(job.id).attempts, bench.group.starts) == (attempts, starts)
+    assert list(bench.spool.root.glob("*")) == []
+
+
+@pytest.mark.parametrize("failures", [2, 3])
+def test_ranks_have_three_tries_to_come_back(bench: Bench, failures: int) -> None:
+    bench.group.failures = failures
+    if failures == 3:
+        with pytest.raises(GroupBroken):
+            bench.loop.start_group()
+    else:
+        bench.loop.start_group()
+    assert (bench.group.starts, bench.group.ends) == (3, failures)
+
+
+def test_a_redis_that_is_away_ends_no_claim_loop(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: object) -> Job:
+        raise StoreUnavailable("away")
+
+    job_id = bench.submit()
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.store, "claim", away)
+        assert bench.loop.claim() is None
+    job = bench.loop.claim()
+    assert job is not None
+    assert job.id == job_id

@@ -11,12 +11,15 @@ import standardwebhooks
 import svix
 
 from api.webhook_schemas import WebhookBody
+from jobs.endpoints import EndpointStore
 from jobs.job import WebhookEvent
+from jobs.keys import KeyStore
 from jobs.settings import Settings
 from jobs.store import JobStore
 from jobs.vault import Sealed
 from tests.worker.receiver import RawReceiver, Received, Reply
 from tests.worker.test_webhooks import ALL, Bench
+from worker.webhooks import WebhookSender, signing_secrets
 
 BOTH = (standardwebhooks.Webhook, svix.Webhook)
 REFUSED = (standardwebhooks.webhooks.WebhookVerificationError, svix.webhooks.WebhookVerificationError)
@@ -184,6 +187,27 @@ def test_a_deleted_endpoint_s_secret_is_not_made_again(bench: Bench) -> None:
     assert bench.endpoints.remove(bench.key.id, endpoint.id)
     assert bench.endpoints.rotate(endpoint) is None
     assert bench.endpoints.secrets(endpoint.id) == []
+
+
+def test_a_secret_under_another_key_is_waited_for(bench: Bench) -> None:
+    """The operator set the wrong REEL_SECRET_KEY: once it is right, every delivery goes out."""
+    with RawReceiver() as receiver:
+        add(bench, receiver.port)
+        job_id = bench.submit(f"http://127.0.0.1:{receiver.port}/", DONE)
+        bench.run(job_id)
+        wrong = "another secret key for tests"
+        secrets = signing_secrets(
+            KeyStore(bench.redis, wrong), EndpointStore(bench.redis, bench.settings, wrong)
+        )
+        sender = WebhookSender(bench.outbox, secrets, settings=bench.settings)
+        assert [sender.send(one) for one in bench.outbox.due()] == [True, True]
+        for delivery in bench.outbox.for_job(job_id):
+            assert delivery.state == "pending"
+            assert "REEL_SECRET_KEY" in delivery.error
+            bench.make_due(delivery.id)
+        send_all(bench)
+        receiver.wait(2)
+    assert {delivery.state for delivery in bench.outbox.for_job(job_id)} == {"delivered"}
 
 
 def test_a_deleted_endpoint_hears_nothing_more(bench: Bench) -> None:

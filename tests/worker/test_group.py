@@ -144,3 +144,39 @@ def test_a_rank_that_hangs_when_rank_0_is_done_is_not_waited_for(
     thread.start()
     thread.join(5)
     assert ended == ["done"] if whole else "rank 1" in str(ended), ended
+
+
+@pytest.mark.parametrize(
+    ("first", "silence", "words"),
+    [
+        (Ref(RankReport(0, "failed", detail="NCCL says no")), 0.0, "NCCL says no"),
+        (Ref(RankReport(0, "done"), 3600.0), 9999.0, "no step for 9999 s"),
+    ],
+    ids=["one failed", "rank 0 is silent"],
+)
+def test_ranks_that_hang_are_given_up(
+    monkeypatch: pytest.MonkeyPatch, first: Ref, silence: float, words: str
+) -> None:
+    """After a failure the others have a few seconds; a rank 0 that makes no step stands for all."""
+    monkeypatch.setattr(group_module, "ray", FakeRay())
+    monkeypatch.setattr(group_module, "WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(group_module, "STRAGGLER_SECONDS", 0.1)
+    plan: Any = SimpleNamespace(settings=SimpleNamespace(step_timeout_seconds=60.0))
+    nothing: Any = None
+    group = RankGroup(plan, nothing)
+    group._ranks = [fake_rank(index, 3600.0) for index in range(2)]
+    group.leader = group._ranks[0]
+    group.leader.generate.remote = lambda *_: first
+    group.leader.silence.remote = lambda: Ref(silence)
+    ended: list[str] = []
+
+    def generate() -> None:
+        try:
+            group.generate(nothing, nothing, nothing)
+        except GroupBroken as broken:
+            ended.append(str(broken))
+
+    thread = threading.Thread(target=generate, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert words in str(ended)

@@ -55,3 +55,17 @@ def test_a_name_that_turns_inward_is_not_connected_to(monkeypatch: pytest.Monkey
         assert answer.status is None
         assert "loopback" in answer.error
         assert receiver.received == []
+
+
+def test_the_next_address_of_a_name_is_tried_when_one_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no more than three are."""
+    found = ["127.0.0.2", "127.0.0.3", "127.0.0.1"]
+    monkeypatch.setattr(addresses, "_getaddrinfo", lambda host, port: found)
+    with RawReceiver() as receiver:
+        url = f"http://{NAME}:{receiver.port}/"
+        assert post(url, b"{}", {}, allow_loopback=True).status == 204
+        found.insert(0, "127.0.0.4")
+        answer = post(url, b"{}", {}, allow_loopback=True)
+        assert answer.status is None
+        assert "ConnectError" in answer.error
+        assert len(receiver.received) == 1

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from jobs.errors import StoreUnavailable
-from jobs.job import Job, JobState
+from jobs.job import Job, JobState, VideoResult
 from jobs.settings import Settings
 from jobs.storage import ObjectStore
 from jobs.store import JobStore
-from tests.support.jobs import new_job
+from tests.support.jobs import new_job, result
 from tests.support.node import until
 from tests.support.proxy import Proxy
+from worker import publish
 from worker.drain import Drain
 from worker.publish import Finished, Publisher
 from worker.spool import Spool
@@ -61,8 +62,11 @@ def bench(s3_settings: Settings, storage: ObjectStore, store: JobStore, tmp_path
 
 def test_a_finished_video_is_committed_and_leaves_the_disk(bench: Bench) -> None:
     job = bench.claimed()
+    for _ in range(6):
+        bench.publisher.rest.failed()
     bench.publisher.take(bench.made(job))
     bench.publisher.wait()
+    assert bench.publisher.rest.left == 0, "whatever was wrong with this node is over"
     done = bench.store.get(job.id)
     assert done.state is JobState.SUCCEEDED
     assert done.result is not None
@@ -77,26 +81,31 @@ def test_a_finished_video_is_committed_and_leaves_the_disk(bench: Bench) -> None
     assert not (bench.spool.root / job.id).exists()
 
 
-def test_a_stale_owner_commits_nothing_and_removes_its_objects(bench: Bench) -> None:
-    """The lease goes to another node between the upload and the commit."""
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_stale_owner_commits_nothing_and_removes_its_own_objects(bench: Bench, ended: bool) -> None:
+    """The lease goes to another node between the upload and the commit; that one may be done first."""
     job = bench.claimed()
     finished = bench.made(job)
-    real, lost = bench.store.finish, threading.Event()
+    real, theirs = bench.store.finish, list[VideoResult]()
 
     def late(*args: object) -> Job:
         bench.store.give_back(job.id, job.token)
-        assert bench.store.claim("tiny", "node-b") is not None
-        lost.set()
+        other = bench.store.claim("tiny", "node-b")
+        assert other is not None
+        theirs.append(result(job.id, other.token))
+        bench.storage.put_bytes(theirs[0].video_key, b"theirs", "video/mp4")
+        if ended:
+            real(job.id, other.token, theirs[0])
         return real(*args)  # type: ignore[arg-type]
 
     bench.store.finish = late  # type: ignore[method-assign]
     bench.publisher.take(finished)
     bench.publisher.wait()
-    assert lost.is_set()
     now = bench.store.get(job.id)
-    assert (now.state, now.owner) == (JobState.RUNNING, "node-b")
+    assert (now.state, now.owner) == (JobState.SUCCEEDED if ended else JobState.RUNNING, "node-b")
     assert now.token > job.token
-    assert bench.keys(job) == []
+    assert now.result == (theirs[0] if ended else None)
+    assert bench.keys(job) == [theirs[0].video_key]
 
 
 @pytest.mark.parametrize("stop", ["lease", "drain"])
@@ -120,6 +129,25 @@ def test_a_commit_whose_reply_was_lost_keeps_its_files(bench: Bench, stop: str) 
     assert done.result.video_key in bench.keys(job)
     assert len(bench.keys(job)) == 3
     assert not (bench.spool.root / job.id).exists()
+
+
+def test_a_redis_that_is_away_at_the_commit_is_waited_for(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publish, "pause", lambda *_: None)
+    real, away = bench.store.finish, [StoreUnavailable("away")] * 3
+
+    def finish(*args: object) -> Job:
+        if away:
+            raise away.pop()
+        return real(*args)  # type: ignore[arg-type]
+
+    bench.store.finish = finish  # type: ignore[method-assign]
+    job = bench.claimed()
+    bench.publisher.take(bench.made(job))
+    bench.publisher.wait()
+    done = bench.store.get(job.id)
+    assert (done.state, done.attempts, len(bench.keys(job))) == (JobState.SUCCEEDED, 0, 3)
 
 
 def test_a_late_cancel_wins_while_nothing_is_committed(bench: Bench) -> None:
@@ -215,6 +243,25 @@ def test_a_writer_that_died_fails_the_attempt(bench: Bench) -> None:
     now = bench.store.get(job.id)
     assert (now.state, now.attempts) == (JobState.QUEUED, 1)
     assert (folder.exists(), newer.exists()) == (False, True), "its own folder goes, a later attempt's stays"
+
+
+def test_a_video_that_is_gone_from_the_disk_is_not_waited_for(bench: Bench) -> None:
+    job = bench.claimed()
+    finished = bench.made(job)
+
+    def close() -> None:
+        assert finished.close is not None
+        finished.close()
+        (finished.folder / "video.mp4").unlink()
+
+    bench.publisher.take(Finished(job, finished.folder, close))
+    try:
+        until(lambda: bench.store.get(job.id).attempts == 1, 10, "the failed attempt")
+    finally:
+        bench.drain.ask(0)
+        bench.publisher.wait()
+    assert bench.store.get(job.id).state is JobState.QUEUED
+    assert bench.publisher.rest.left > 0
 
 
 def test_the_spool_keeps_whole_videos_and_drops_half_ones(bench: Bench) -> None:

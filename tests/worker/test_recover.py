@@ -1,6 +1,7 @@
 """What a node's new cluster makes of the videos that an earlier one finished and did not commit."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Any, TypeVar
 import pytest
 
 from jobs.client import connect
-from jobs.job import Job
+from jobs.job import FailureClass, Job, JobError
 from jobs.settings import Settings
 from jobs.store import JobStore
-from tests.support.jobs import new_job
+from tests.support.jobs import new_job, result
 from worker import lease, node
 from worker.publish import Finished
 from worker.spool import Spool
@@ -65,6 +66,30 @@ def test_ours_is_published_and_what_nobody_wants_goes(bench: Bench, store: JobSt
     bench.recover(store)
     assert [(one.job.id, one.folder) for one in bench.taken] == [(mine.id, folders[0])]
     assert [folder.exists() for folder in folders] == [True, True, False]
+
+
+def test_a_failed_jobs_video_waits_for_a_replay_and_nothing_stale_or_old_is_published(
+    bench: Bench, store: JobStore
+) -> None:
+    folders: dict[str, Path] = {}
+    for name in ("failed", "done", "stale", "old"):
+        store.submit(new_job())
+        job = store.claim("tiny", "node-a")
+        assert job is not None
+        folders[name] = bench.finished(job)
+        if name == "failed":
+            error = JobError(type="x", title="x", detail="x", failure_class=FailureClass.USER)
+            store.fail(job.id, job.token, error)
+        elif name == "done":
+            store.finish(job.id, job.token, result(job.id, job.token))
+        elif name == "stale":  # ours again, by a later token
+            store.give_back(job.id, job.token)
+            assert store.claim("tiny", "node-a") is not None
+        else:
+            os.utime(folders[name] / "facts.json", (1, 1))
+    bench.recover(store)
+    assert bench.taken == []
+    assert {name for name, folder in folders.items() if folder.exists()} == {"failed", "stale"}
 
 
 def test_redis_away_is_no_reason_to_drop_a_video(

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ from jobs.client import connect
 from jobs.errors import StorageUnavailable
 from jobs.settings import Settings
 from jobs.store import JobStore
+from jobs.sweep import SweepReport
 from jobs.uploads import UploadIndex
 from worker import sweeper
-from worker.sweeper import BATCH, remove_files
+from worker.sweeper import BATCH, remove_files, sweep
 
 
 class Storage:
@@ -96,3 +98,12 @@ def test_a_slow_storage_is_left_in_time_with_both_kinds_begun(
     assert 2 <= removed < BATCH
     kinds: list[Callable[[str], bool]] = [lambda key: key[:4] == "jobs", lambda key: key[:7] == "uploads"]
     assert all(any(map(kind, storage.asked)) for kind in kinds)
+
+
+def test_a_sweep_goes_on_until_a_pass_finds_little_and_not_for_ever() -> None:
+    passes = [SweepReport(expired=["job"] * BATCH), SweepReport(requeued=["job"] * BATCH), SweepReport()]
+    store: Any = SimpleNamespace(sweep=lambda limit: passes.pop(0))
+    assert sweep(store) == 2 * BATCH
+    assert passes == []
+    endless: Any = SimpleNamespace(sweep=lambda limit: SweepReport(purged=["job"] * limit))
+    assert sweep(endless) == sweeper.ROUNDS * BATCH
