@@ -12,6 +12,7 @@ from engine.dit import DiT
 from engine.pipeline import Pipeline
 from engine.presets import CACHED, ONLY_LOSSLESS, Preset, Reuse
 from engine.requests import resolve
+from kernels.attention.settled import Settled
 from tests.engine.oracle import relative
 from tests.engine.sinks import Frames
 
@@ -135,6 +136,28 @@ def test_branches_at_once_or_in_turn_are_the_same(pipeline: Pipeline, in_turn: b
     video, work = run(cached)
     assert work == run(with_rule(pipeline, ALWAYS))[1]
     assert np.abs(video.astype(float) - run(with_rule(pipeline, ALWAYS))[0]).max() <= 1
+
+
+def test_a_video_made_once_more_reuses_as_if_it_were_the_first(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where attention spoilt the latents, nothing of that try is reused, nor counted as work."""
+    cached = with_rule(pipeline, ALWAYS)
+    settled = Settled()
+    monkeypatch.setattr("engine.pipeline.settled", settled)
+    right, calls, spoilt_from = cached.sequence.attend, [0], [10**9]
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        return right(q, k, v) * (float("nan") if settled.ask() and calls[0] > spoilt_from[0] else 1.0)
+
+    monkeypatch.setattr(cached.sequence, "attend", attend)
+    want, want_work = run(cached)
+    calls[0], spoilt_from[0] = 0, calls[0] // 2  # late, after steps that were reused
+    video, work = run(cached)
+    assert not settled.allowed, "the first try was to fail"
+    assert work == want_work
+    assert np.array_equal(video, want)
 
 
 def test_texts_of_one_row_come_from_both(pipeline: Pipeline) -> None:
