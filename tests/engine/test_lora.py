@@ -306,8 +306,9 @@ def test_files_that_do_not_fit_name_what_is_wrong(bf16: Pipeline) -> None:
 def test_requests_are_checked(pipeline: Pipeline, bf16: Pipeline) -> None:
     with pytest.raises(RequestError, match=r"loras: .*at most 8"):
         resolve(pipeline.spec, "a", loras=(LoraUse("style"),) * 9)
-    with pytest.raises(RequestError, match=r"loras: .*strengths"):
-        resolve(pipeline.spec, "a", loras=(LoraUse("style", float("nan")),))
+    for strength in (float("nan"), 10.5, -10.5):
+        with pytest.raises(RequestError, match=r"loras: .*strengths"):
+            resolve(pipeline.spec, "a", loras=(LoraUse("style", strength),))
     assert "none" in wrong(pipeline, LoraUse("style"))  # its checkpoint has no loras/
     alone = Loras(LoraFolder(bf16.loras.folder.folder), bf16.high, None, Mesh.single())  # type: ignore[union-attr]
     with pytest.raises(RequestError, match="allowed: both, high"):
