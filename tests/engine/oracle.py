@@ -25,7 +25,11 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 
 def twin_dits(
-    generator: torch.Generator, in_channels: int = 16, out_channels: int = 16, layers: int = 2
+    generator: torch.Generator,
+    in_channels: int = 16,
+    out_channels: int = 16,
+    layers: int = 2,
+    eps: float = 1e-6,
 ) -> tuple[DiT, WanTransformer3DModel]:
     """Our DiT and diffusers', head dimension 128, with the same random weights."""
     theirs = WanTransformer3DModel(
@@ -40,10 +44,10 @@ def twin_dits(
         num_layers=layers,
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
-        eps=1e-6,
+        eps=eps,
     ).eval()
     randomize(theirs, generator)
-    config = DiTConfig(256, 320, 2, layers, in_channels, out_channels, TEXT_DIM, TEXT_LEN)
+    config = DiTConfig(256, 320, 2, layers, in_channels, out_channels, TEXT_DIM, TEXT_LEN, eps=eps)
     ours = build(DiT, config, {dit_name(name): tensor for name, tensor in theirs.state_dict().items()})
     return ours, theirs
 

@@ -1,17 +1,20 @@
 """The caches: what is reused when, what never is, and that nothing changes where nothing is reused."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from engine.cache import Decisions, modulated_input, text_of
+from engine.cache import Decisions, StepCache, modulated_input, text_of
+from engine.conditioning import Conditioning
 from engine.config import Work
 from engine.dit import DiT
 from engine.pipeline import Pipeline
 from engine.presets import CACHED, ONLY_LOSSLESS, Preset, Reuse
 from engine.requests import resolve
+from kernels.attention.settled import Settled
 from tests.engine.oracle import relative
 from tests.engine.sinks import Frames
 
@@ -72,11 +75,88 @@ def test_guidance_is_reused_while_it_is_expected_to_move_little() -> None:
     assert not step(0)  # nothing is known
     assert not step(1, 0.1)  # 0.1 a step
     assert [step(n) for n in (2, 3)] == [True, True]  # 0.1 and 0.2 are under 0.25
-    assert not step(4, 0.9)  # 0.3 is not; it moved by 0.9 in three steps
-    assert not step(5, 0.1)
-    assert step(6)
+    assert not step(4, 0.6)  # 0.3 is not; it moved by 0.6 in three steps
+    assert step(5)  # 0.2
+    assert not step(6, 0.9)
+    assert not step(7, 0.1)
+    assert step(8)
     decisions.forget()
-    assert not step(7)
+    assert not step(9)
+
+
+def test_guidance_is_reused_so_many_times_in_a_row_again_and_again() -> None:
+    decisions = Decisions(Reuse(guidance_threshold=9, first=1, last=1, max_reuse=2), 10)
+    found = ""
+    for step in range(10):
+        decisions.reuse_step(step, 1.0)
+        reuse = decisions.reuse_guidance(step)
+        found += "r" if reuse else "c"
+        if not reuse:
+            decisions.guidance_moved(0.1 if step else None)
+    assert found == "ccrrcrrcrc"
+
+
+def test_guidance_of_threshold_0_is_always_computed() -> None:
+    """Also where it did not move at all, as that of a transformer that says nothing."""
+    decisions = Decisions(Reuse(guidance_threshold=0.0, first=1, last=1), 9)
+    for step in range(6):
+        decisions.reuse_step(step, 1.0)
+        assert not decisions.reuse_guidance(step)
+        decisions.guidance_moved(None if step == 0 else 0.0)
+
+
+class Scripted:
+    """An expert whose every pass predicts what it is told of its rows: (conditional, unconditional)."""
+
+    keeper = None
+
+    def __init__(self, *told: tuple[float, float]) -> None:
+        self.told, self.passes = list(told), list[tuple[int, ...]]()
+
+    def encode_text(self, rows: torch.Tensor) -> list[tuple[int, ...]]:
+        return [tuple(int(row) for row in rows[:, 0, 0])]
+
+    def __call__(
+        self, inputs: torch.Tensor, timesteps: torch.Tensor, text: Any, *rest: object
+    ) -> torch.Tensor:
+        self.passes.append(text[0])
+        values = self.told.pop(0)
+        return torch.tensor([values[row] for row in text[0]]).view(-1, 1, 1, 1, 1).expand(-1, 16, 1, 2, 2)
+
+
+def test_a_change_is_relative_to_what_was(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 1 to 3 is a change of 2, not of 2/3."""
+    seen = iter((1.0, 3.0, 9.0))
+    monkeypatch.setattr("engine.cache.modulated_input", lambda expert, *rest: torch.full((4,), next(seen)))
+    cache = StepCache(pipeline, Reuse(step_threshold=1.9, first=0, last=0), 3)
+    expert, text, latents = Scripted((1.0, 1.0)), torch.zeros(1, 1, 1), torch.zeros(16, 1, 2, 2)
+    expert.told *= 3
+    for step in range(3):
+        cache.flow(step, expert, 1.0, 500, latents, text, {}, Conditioning((16, 16)))  # type: ignore[arg-type]
+    assert cache.steps_reused == 0
+
+
+def test_what_guidance_was_stands_in_for_what_it_is(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cond + (guide - 1) * the last cond - uncond; and never one of another expert."""
+    monkeypatch.setattr("engine.cache.modulated_input", lambda expert, *rest: torch.ones(1))
+    cache = StepCache(pipeline, Reuse(guidance_threshold=1e9, max_reuse=9, first=1, last=1), 20)
+    image, text = Conditioning((16, 16)), torch.tensor([0.0, 1.0]).view(2, 1, 1)
+    latents = torch.zeros(16, 1, 2, 2)
+    first = Scripted((5.0, 2.0), (6.0, 4.0), (7.0, 0.0))
+    second = Scripted((1.0, 9.0), (3.0, 2.0), (4.0, 0.0))
+
+    def flow(step: int, expert: Scripted) -> float:
+        found = cache.flow(step, expert, 3.0, 500, latents, text, {}, image)  # type: ignore[arg-type]
+        assert found.shape == latents.shape
+        return float(found[0, 0, 0, 0])
+
+    # uncond + 3 (cond - uncond), twice, so that it is known how guidance moves; then 7 + 2 (6 - 4)
+    assert [flow(step, first) for step in range(3)] == [11.0, 10.0, 11.0]
+    assert [flow(step, second) for step in range(3, 6)] == [-15.0, 5.0, 6.0]
+    assert first.passes == second.passes == [(0, 1), (0, 1), (0,)]
+    assert cache.guidance_reused == 2
 
 
 def test_nothing_reused_is_the_lossless_video_to_the_bit(pipeline: Pipeline) -> None:
@@ -135,6 +215,28 @@ def test_branches_at_once_or_in_turn_are_the_same(pipeline: Pipeline, in_turn: b
     video, work = run(cached)
     assert work == run(with_rule(pipeline, ALWAYS))[1]
     assert np.abs(video.astype(float) - run(with_rule(pipeline, ALWAYS))[0]).max() <= 1
+
+
+def test_a_video_made_once_more_reuses_as_if_it_were_the_first(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where attention spoilt the latents, nothing of that try is reused, nor counted as work."""
+    cached = with_rule(pipeline, ALWAYS)
+    settled = Settled()
+    monkeypatch.setattr("engine.pipeline.settled", settled)
+    right, calls, spoilt_from = cached.sequence.attend, [0], [10**9]
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        return right(q, k, v) * (float("nan") if settled.ask() and calls[0] > spoilt_from[0] else 1.0)
+
+    monkeypatch.setattr(cached.sequence, "attend", attend)
+    want, want_work = run(cached)
+    calls[0], spoilt_from[0] = 0, calls[0] // 2  # late, after steps that were reused
+    video, work = run(cached)
+    assert not settled.allowed, "the first try was to fail"
+    assert work == want_work
+    assert np.array_equal(video, want)
 
 
 def test_texts_of_one_row_come_from_both(pipeline: Pipeline) -> None:

@@ -51,6 +51,24 @@ def test_right_files_pass_and_each_byte_is_hashed(copy: Path) -> None:
     load_pipeline(copy, device="cpu", verify=True)
 
 
+def test_a_sum_counts_to_its_last_digit_and_a_file_to_its_last_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.checksums.BLOCK", 16)
+    path = tmp_path / "weights.bin"
+    path.write_bytes(bytes(range(100)))
+    write_sums(tmp_path)
+    verify(tmp_path, Mesh.single())
+    path.write_bytes(bytes(range(99)) + b"x")
+    with pytest.raises(CheckpointError, match="has SHA-256"):
+        verify(tmp_path, Mesh.single())
+    right = sha256(path)
+    wrong = right[:-1] + ("0" if right[-1] != "0" else "1")
+    (tmp_path / "SHA256SUMS").write_text(f"{wrong}  weights.bin\n")
+    with pytest.raises(CheckpointError, match=f"{right}, expected {wrong}"):
+        verify(tmp_path, Mesh.single())
+
+
 def test_a_flipped_bit_is_named_with_both_sums_and_only_when_asked(copy: Path) -> None:
     write_sums(copy)
     path = next((copy / "low_noise_model").glob("*.safetensors"))

@@ -59,6 +59,22 @@ def test_a_crop_is_from_the_centre() -> None:
     assert (cover_and_crop(image, (10, 10)) > 0.99).all()
 
 
+def test_a_tall_pictures_crop_is_from_its_middle() -> None:
+    image = Image.new("RGB", (10, 30), (0, 0, 0))
+    image.paste((255, 255, 255), (0, 10, 10, 20))
+    assert (cover_and_crop(image, (10, 10)) > 0.99).all()
+
+
+def test_pictures_are_made_smaller_by_the_official_filters(generator: torch.Generator) -> None:
+    """I2V by torch's bicubic, which does not smooth; TI2V by Pillow's Lanczos, which does."""
+    noise = torch.randint(256, (40, 50, 3), generator=generator, dtype=torch.uint8)
+    image = Image.fromarray(noise.numpy())
+    official = torch.nn.functional.interpolate(to_tensor(image)[None], size=(16, 20), mode="bicubic")[0]
+    assert torch.equal(resize_bicubic(image, (20, 16)), official)
+    lanczos = to_tensor(image.resize((25, 20), Image.Resampling.LANCZOS))
+    assert torch.equal(cover_and_crop(image, (25, 20)), lanczos)
+
+
 def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "image.png"
     path.write_text("not a picture")

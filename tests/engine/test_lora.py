@@ -84,6 +84,23 @@ def test_a_lora_does_what_diffusers_makes_of_the_file(
     assert torch.equal(output(), plain)
 
 
+def test_two_loras_of_the_same_tensors_add_up(generator: torch.Generator, tmp_path: Path) -> None:
+    ours, theirs = twin_dits(generator, layers=1)
+    uses = (LoraUse("one", STRENGTH), LoraUse("two", -0.4))
+    for seed, use in enumerate(uses):
+        merge(
+            theirs,
+            diffusers_reading(write_lora(tmp_path / f"{use.name}.safetensors", ours, seed=seed)),
+            use.strength,
+        )
+    Loras(LoraFolder(tmp_path), ours, None, Mesh.single()).use(uses)
+    latents = torch.randn(1, 16, 2, 4, 6, generator=generator)
+    text = torch.randn(1, TEXT_LEN, TEXT_DIM, generator=generator)
+    with torch.no_grad():
+        got = ours(latents, torch.tensor([[700]]), ours.encode_text(text))
+        assert relative(got, theirs(latents, torch.tensor([700]), text).sample) < 1e-4
+
+
 def test_every_style_is_the_same_change(generator: torch.Generator, tmp_path: Path) -> None:
     expert, _ = twin_dits(generator, layers=1)
     reference = {f"{module}.weight": up @ down for module, (up, down) in factors(expert, seed=3).items()}
@@ -306,8 +323,9 @@ def test_files_that_do_not_fit_name_what_is_wrong(bf16: Pipeline) -> None:
 def test_requests_are_checked(pipeline: Pipeline, bf16: Pipeline) -> None:
     with pytest.raises(RequestError, match=r"loras: .*at most 8"):
         resolve(pipeline.spec, "a", loras=(LoraUse("style"),) * 9)
-    with pytest.raises(RequestError, match=r"loras: .*strengths"):
-        resolve(pipeline.spec, "a", loras=(LoraUse("style", float("nan")),))
+    for strength in (float("nan"), 10.5, -10.5):
+        with pytest.raises(RequestError, match=r"loras: .*strengths"):
+            resolve(pipeline.spec, "a", loras=(LoraUse("style", strength),))
     assert "none" in wrong(pipeline, LoraUse("style"))  # its checkpoint has no loras/
     alone = Loras(LoraFolder(bf16.loras.folder.folder), bf16.high, None, Mesh.single())  # type: ignore[union-attr]
     with pytest.raises(RequestError, match="allowed: both, high"):

@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -158,11 +159,17 @@ def test_another_error_is_not_taken_for_memory(pipeline: Pipeline, monkeypatch: 
         ("frame_num", {"frame_num": 85}),
         ("frame_num", {"frame_num": -3}),
         ("sampling_steps", {"sampling_steps": 0}),
+        ("sampling_steps", {"sampling_steps": 1001}),
         ("shift", {"shift": 0.0}),
         ("shift", {"shift": 1e-15}),
+        ("shift", {"shift": 100.5}),
+        ("shift", {"shift": float("nan")}),
         ("guide_scale", {"guide_scale": (-1.0,)}),
+        ("guide_scale", {"guide_scale": (3.0, 100.5)}),
+        ("guide_scale", {"guide_scale": (float("nan"), 3.0)}),
         ("guide_scale", {"guide_scale": (1.0, 2.0, 3.0)}),
         ("seed", {"seed": -1}),
+        ("seed", {"seed": 2**63}),
         ("sample_solver", {"solver": "euler"}),
         ("image", {"image": Path("a.png")}),
     ],
@@ -181,6 +188,18 @@ def test_one_guidance_counts_for_both_and_defaults_are_the_models(pipeline: Pipe
     assert (request.shift, request.guide_scale) == (5.0, (3.0, 4.0))
     assert resolve(pipeline.spec, "a cat", guide_scale=(2.0,)).guide_scale == (2.0, 2.0)
     assert resolve(pipeline.spec, "a cat").seed != request.seed
+
+
+def test_the_bounds_themselves_are_allowed(pipeline: Pipeline) -> None:
+    spec = pipeline.spec
+    largest = resolve(
+        spec, "a cat", frame_num=spec.max_frame_num, shift=100.0, sampling_steps=1000,
+        guide_scale=(0.0, 100.0), seed=2**63 - 1,
+    )  # fmt: skip
+    assert (largest.frame_num, largest.guide_scale) == (spec.max_frame_num, (0.0, 100.0))
+    assert pipeline.noise(replace(largest, frame_num=1), (64, 48)).isfinite().all()  # torch takes such a seed
+    least = resolve(spec, "a cat", frame_num=1, shift=0.01, sampling_steps=1, guide_scale=(0.0,), seed=0)
+    assert (least.frame_num, least.seed) == (1, 0)
 
 
 def test_noise_is_that_of_a_cpu_generator(pipeline: Pipeline) -> None:
@@ -226,6 +245,26 @@ def test_latents_that_are_not_finite_are_made_once_more_with_another_attention(
         asked.clear()
         assert np.array_equal(video(), want)
         assert asked == [False] * half, "it is done without from then on"
+
+
+def test_a_probe_before_the_video_is_no_reason_to_make_it_again(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what kernels did for these latents can have spoilt them."""
+    settled = Settled()
+    settled.ask()
+    monkeypatch.setattr("engine.pipeline.settled", settled)
+    calls: list[int] = []
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return torch.full_like(q, float("nan"))
+
+    request = resolve(pipeline.spec, "a cat", frame_num=1, sampling_steps=1, seed=3, guide_scale=(1.0,))
+    monkeypatch.setattr(pipeline.sequence, "attend", attend)
+    pipeline.generate(request, Frames())
+    assert len(calls) == len(pipeline.high.blocks)
+    assert settled.allowed
 
 
 def test_a_video_that_is_broken_anyway_does_not_bring_back_what_another_gave_up(

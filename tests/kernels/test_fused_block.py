@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import fused
-from engine.attention import WholeSequence
+from engine.attention import Overlap, WholeSequence
 from engine.config import DiTConfig
 from engine.dit import DiT
 from engine.rope import rope_table
@@ -29,9 +29,17 @@ def random_model(dtype: torch.dtype) -> DiT:
     return model.requires_grad_(False)
 
 
-def run_both(model: DiT, x: Tensor, text_batch: int, sets: int, split: int) -> tuple[Tensor, Tensor]:
-    """(fused, plain) patches of the head after all blocks."""
-    time, e = torch.randn(1, sets, CONFIG.dim), torch.randn(1, sets, 6, CONFIG.dim) * 0.5
+def run_both(
+    model: DiT,
+    x: Tensor,
+    text_batch: int,
+    sets: int,
+    split: int,
+    times: int = 1,
+    overlap: Overlap | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(fused, plain) patches of the head after all blocks, whose streams are the same too."""
+    time, e = torch.randn(times, sets, CONFIG.dim), torch.randn(times, sets, 6, CONFIG.dim) * 0.5
     rope = rope_table(GRID, CONFIG.head_dim, torch.device("cpu"))
     dtype = model.blocks[0].ffn[0].weight.dtype
     text = [
@@ -39,10 +47,13 @@ def run_both(model: DiT, x: Tensor, text_batch: int, sets: int, split: int) -> t
         for _ in model.blocks
     ]
     sequence, length = WholeSequence(), x.shape[1]
+    sequence.overlap = overlap or sequence.overlap
     stream = fused.run_blocks(list(model.blocks), x, e, split, rope, text, sequence, length)
+    joined = stream.joined(split)
     got = fused.head(model.head, stream, time, split)
     for block, text_kv in zip(model.blocks, text, strict=True):
         x = block(x, e, split, rope, text_kv, sequence, length)
+    assert relative_error(joined, x) < (1e-5 if dtype == torch.float32 else 2e-2)
     return got, model.head(x, time, split)
 
 
@@ -57,6 +68,16 @@ def test_fused_is_plain(
     got, plain = run_both(model, torch.randn(1, 24, CONFIG.dim) * 2, text_batch, sets, split)
     assert got.shape == plain.shape == (text_batch, 24, 64)
     assert relative_error(got, plain) < limit
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("split_qkv", [False, True])
+def test_passes_in_turns_are_plain(seed: int, split_qkv: bool, times: int) -> None:
+    """As on ranks that exchange data; each pass may have a timestep of its own."""
+    x = torch.randn(times, 24, CONFIG.dim) * 2
+    overlap = Overlap(split_qkv=split_qkv, interleave=True)
+    got, plain = run_both(random_model(torch.float32), x, 2, 2, 8, times, overlap)
+    assert relative_error(got, plain) < 3e-6
 
 
 def test_packed_weights_are_the_layers_own(seed: int) -> None:

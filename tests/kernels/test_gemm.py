@@ -88,6 +88,8 @@ def test_operands_that_tma_cannot_take_are_known(device: torch.device):
     x = torch.zeros(1, 4, 24, dtype=torch.bfloat16, device=device)
     assert triton.fits(x, torch.zeros(16, 24, dtype=torch.bfloat16, device=device))
     assert not triton.fits(x, torch.zeros(12, 24, dtype=torch.bfloat16, device=device))
+    shifted = torch.zeros(1 + 4 * 24, dtype=torch.bfloat16, device=device)[1:]  # begins between 16 bytes
+    assert not triton.fits(shifted.view(1, 4, 24), torch.zeros(16, 24, dtype=torch.bfloat16, device=device))
 
 
 def test_a_shared_residual_goes_to_the_library(device: torch.device):

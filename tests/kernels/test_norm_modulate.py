@@ -91,6 +91,22 @@ def test_shared_residual_joins_two_branches(seed: int, device: torch.device, spl
     assert_as_good(got, plain, reference.normalize(new.double(), wide(norm), torch.float64))
 
 
+@pytest.mark.parametrize("split", [0, 2, 5])
+def test_two_sets_of_gates_join_before_an_affine_norm(seed: int, device: torch.device, split: int):
+    """As self-attention does with a clean first frame: the gate has two sets, the norm after it one."""
+    from kernels.norm_modulate import triton
+
+    x, y = residual(2, 5, 72, device), torch.randn(2, 5, 72, device=device)
+    gate, (weight, bias) = torch.randn(1, 2, 72, device=device), torch.randn(2, 72, device=device)
+    norm = Norm.affine(weight, bias, 1e-6, split)
+    new, got = triton.add_normalize(x, y, gate, norm, torch.float32)
+    plain_new, plain = reference.add_normalize(x, y, gate, norm, torch.float32)
+    exact = x.double() + y.double() * gate.double()[:, [0] * split + [1] * (5 - split)]
+    assert_as_good(new, plain_new, exact)
+    normed = torch.nn.functional.layer_norm(new.double(), (72,), weight.double(), bias.double(), 1e-6)
+    assert_as_good(got, plain, normed)
+
+
 def test_nan_stays_visible(seed: int, device: torch.device):
     from kernels.norm_modulate import triton
 
@@ -107,6 +123,9 @@ def test_wrong_shapes_are_refused(device: torch.device):
     x = torch.zeros(1, 3, 32, device=device)
     with pytest.raises(ValueError, match=r"scale of shape \(1, 1, 16\): expected \[1 or 1, 1 or 2, 32\]"):
         triton.normalize(x, modulation(1, 1, 16, device), torch.bfloat16)
+    shift, scale = torch.zeros(1, 1, 32, device=device), torch.zeros(1, 2, 32, device=device)
+    with pytest.raises(ValueError, match=r"scale \(1, 2, 32\) and shift \(1, 1, 32\) differ"):
+        triton.normalize(x, Norm(shift, scale, 1e-6, 1), torch.bfloat16)
     with pytest.raises(ValueError, match="doesn't broadcast"):
         triton.add_normalize(
             x, torch.zeros(1, 4, 32, device=device), None, modulation(1, 1, 32, device), torch.bfloat16

@@ -111,3 +111,9 @@ def test_wrong_shapes_are_refused(device: torch.device):
         triton.qk_norm_rope(qkv, weight, weight, tables(3, 8, device), SendLayout.of(4, 2), 1e-6)
     with pytest.raises(ValueError, match="evenly spaced"):
         triton.rms_norm(torch.zeros(1, 32, 4, device=device).transpose(1, 2), weight, 1e-6)
+    with pytest.raises(ValueError, match="evenly spaced"):  # a gap between two batch entries
+        triton.rms_norm(torch.zeros(2, 4, 32, device=device)[:, :3], weight, 1e-6)
+    cos, sin = tables(4, 8, device)
+    rope = cos.double(), sin.double()
+    with pytest.raises(ValueError, match=r"torch.float64: expected fp32"):
+        triton.qk_norm_rope(qkv, weight, weight, rope, SendLayout.of(4), 1e-6)

@@ -8,6 +8,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+import torch
 
 from kernels import tables
 
@@ -38,6 +39,34 @@ def test_a_card_of_the_same_chip_lends_its_table(tmp_path: Path):
 def test_a_table_is_read(tmp_path: Path):
     (tmp_path / "Toy.json").write_text(json.dumps({"device": "Toy", "ops": {"op": {"8": {"warps": 2}}}}))
     assert tables.load("Toy", tmp_path) == {"op": {"8": {"warps": 2}}}
+
+
+def test_a_setting_is_the_default_under_what_was_measured_on_that_very_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of two cards in one machine each has its own; other operations, keys and devices the default."""
+    names = ["Toy", "Other"]
+    measured = {"Toy": {"op": {"bias 8": {"warps": 2}}}, "Other": {"op": {"gelu 8": {"warps": 16}}}}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[getattr(device, "index", device)])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tables, "load", lambda name: measured[name])
+    tables._setting.cache_clear()
+    default = {"warps": 8, "rows": 1}
+    try:
+
+        def warps(op: str, key: str, device: str) -> int:
+            found = tables.setting(op, key, torch.device(device), default)
+            assert found == {"warps": found["warps"], "rows": 1}
+            return int(found["warps"])
+
+        assert [warps("op", "bias 8", device) for device in ("cuda:0", "cuda", "cuda:1")] == [2, 2, 8]
+        assert [warps("op", "gelu 8", device) for device in ("cuda:0", "cuda:1", "cpu")] == [8, 16, 8]
+        assert [warps("op", "8", "cuda:0"), warps("po", "bias 8", "cuda:0")] == [8, 8]
+        assert tables.entries("op", torch.device("cuda", 1)) == measured["Other"]["op"]
+        assert tables.entries("op", torch.device("cpu")) == {}
+    finally:
+        tables._setting.cache_clear()
+    assert default == {"warps": 8, "rows": 1}
 
 
 def test_runs_side_by_side_lose_nothing_of_each_other(tmp_path: Path) -> None:

@@ -174,6 +174,17 @@ def test_join_copies_a_planar_sum(seed: int, device: torch.device):
     assert torch.equal(x, before)
 
 
+def test_a_shortcut_may_lie_in_a_larger_buffer(seed: int, device: torch.device):
+    from kernels.vae_norm_silu import triton
+
+    last = torch.channels_last_3d
+    x = torch.randn(2, 6, 2, 3, 4, device=device).contiguous(memory_format=last)
+    shortcut = torch.randn(2, 6, 3, 5, 7, device=device).contiguous(memory_format=last)[:, :, 1:, 1:4, 2:6]
+    want = x + shortcut
+    triton.join(x, torch.empty_like(x), None, None, shortcut, None, False, True)
+    assert torch.equal(x, want)
+
+
 def test_join_refuses_what_does_not_fit(device: torch.device):
     from kernels.vae_norm_silu import triton
 
