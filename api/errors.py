@@ -115,6 +115,7 @@ def internal_error(request: Request, error: Exception) -> Response:
     log.error(
         "unexpected_error",
         error=type(error).__name__,
+        # not `stack`, which structlog's console takes for a text
         frames=[f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames],
     )
     return problem_response(
