@@ -115,7 +115,8 @@ def internal_error(request: Request, error: Exception) -> Response:
     log.error(
         "unexpected_error",
         error=type(error).__name__,
-        stack=[f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames],
+        # not `stack`, which structlog's console takes for a text
+        frames=[f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames],
     )
     return problem_response(
         request, ProblemError(p.INTERNAL, "The error is in our log under this request_id.")

@@ -115,9 +115,13 @@ class Exporter:
         """The error types of attempts that were charged, from the job's events and its final error."""
         with guard():
             entries = self._redis.execute_command("XRANGE", f"{PREFIX}events:{job.id}", "-", "+")
-        kinds = []
+        kinds: list[str] = []
+        before = ""
         for _, fields in entries:
             pairs = fields if isinstance(fields, dict) else dict(zip(fields[::2], fields[1::2], strict=True))
+            if before == "job.failed":  # replayed since: what came before was counted at that end
+                kinds.clear()
+            before = pairs["type"]
             reason = json.loads(pairs["data"]).get("reason")
             if isinstance(reason, dict):
                 kinds.append(str(reason.get("type", "unknown")))

@@ -12,6 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from api.app import create_app
+from api.problem import TYPES
 from api.serve import Server
 from api.services import Services
 from jobs.client import RedisClient, connect
@@ -151,6 +152,22 @@ def client(client_for: Callable[..., httpx.Client]) -> httpx.Client:
 def node(redis: RedisClient) -> NodeInfo:
     """A live, idle node in the registry."""
     return NodeRegistry(redis).register(NodeInfo(id="node-a", model=MODEL, state="idle", device="cpu"))
+
+
+def one_error(answer: httpx.Response, slug: str, status: int) -> dict[str, str]:
+    """The only entry of a problem's `errors`, after checking its frame."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    body = answer.json()
+    assert body["type"] == f"/problems/{slug}"
+    assert body["status"] == status
+    assert body["title"] == TYPES[slug].title
+    assert body["instance"] == answer.request.url.path
+    assert body["request_id"] == answer.headers["x-request-id"]
+    assert len(body["errors"]) == 1, body["errors"]
+    found: dict[str, str] = body["errors"][0]
+    assert set(found) == {"field", "got", "expected"}
+    return found
 
 
 def submit(client: httpx.Client, **fields: object) -> dict[str, object]:

@@ -1,17 +1,13 @@
 """Refusals: the field, what came, what is allowed, as problem+json; and nothing is queued."""
 
-import json
-from collections.abc import Callable
-
 import httpx
 import pytest
 
 from api.problem import TYPES, FieldError
 from jobs.client import RedisClient
-from jobs.keys import Scope
 from jobs.nodes import NodeRegistry
 from jobs.store import JobStore
-from tests.api.conftest import submit
+from tests.api.conftest import one_error, submit
 from tests.support.jobs import card
 
 PROMPT = "a red ball rolls over a table"
@@ -74,22 +70,6 @@ WRONG = [
     ("metadata", "ref", "ref", "texts"),
     ("frames", 81, "81", "no such field; known are callback_url"),
 ]
-
-
-def one_error(answer: httpx.Response, slug: str, status: int) -> dict[str, str]:
-    """The only entry of a problem's `errors`, after checking its frame."""
-    assert answer.status_code == status, answer.text
-    assert answer.headers["content-type"] == "application/problem+json"
-    body = answer.json()
-    assert body["type"] == f"/problems/{slug}"
-    assert body["status"] == status
-    assert body["title"] == TYPES[slug].title
-    assert body["instance"] == answer.request.url.path
-    assert body["request_id"] == answer.headers["x-request-id"]
-    assert len(body["errors"]) == 1, body["errors"]
-    found: dict[str, str] = body["errors"][0]
-    assert set(found) == {"field", "got", "expected"}
-    return found
 
 
 @pytest.mark.parametrize(("field", "value", "got", "expected"), WRONG)
@@ -202,67 +182,6 @@ def test_no_key_comes_before_the_body(client: httpx.Client) -> None:
         assert answer.headers["content-type"] == "application/problem+json"
         assert answer.json()["type"] == "/problems/unauthenticated"
         assert answer.headers["www-authenticate"].startswith("Bearer")
-
-
-@pytest.mark.parametrize(
-    ("scopes", "method", "path", "needed"),
-    [
-        ((Scope.READ,), "POST", "/v1/jobs", "submit"),
-        ((Scope.READ,), "POST", "/v1/jobs/job_x/cancel", "submit"),
-        ((Scope.READ,), "DELETE", "/v1/jobs/job_x", "submit"),
-        ((Scope.READ,), "POST", "/v1/uploads", "submit"),
-        ((Scope.SUBMIT,), "GET", "/v1/jobs", "read"),
-        ((Scope.SUBMIT,), "GET", "/v1/jobs/job_x", "read"),
-        ((Scope.SUBMIT,), "GET", "/v1/jobs/job_x/events", "read"),
-        ((Scope.SUBMIT,), "GET", "/v1/jobs/job_x/video", "read"),
-        ((Scope.SUBMIT,), "GET", "/v1/models", "read"),
-        ((Scope.SUBMIT, Scope.READ), "GET", "/v1/nodes", "admin"),
-    ],
-)
-def test_wrong_scope(
-    client_for: Callable[..., httpx.Client], scopes: tuple[Scope, ...], method: str, path: str, needed: str
-) -> None:
-    error = one_error(client_for(*scopes).request(method, path), "forbidden", 403)
-    assert error["field"] == "Authorization"
-    assert error["expected"] == f"a key with {needed}"
-
-
-def test_high_priority_needs_its_scope(client_for: Callable[..., httpx.Client]) -> None:
-    answer = client_for().post("/v1/jobs", json={"prompt": PROMPT, "priority": "high"})
-    assert one_error(answer, "forbidden", 403)["field"] == "priority"
-    high = client_for(Scope.SUBMIT, Scope.READ, Scope.PRIORITY_HIGH)
-    assert submit(high, priority="high")["priority"] == "high"
-
-
-def test_another_keys_job_is_not_found(client_for: Callable[..., httpx.Client], client: httpx.Client) -> None:
-    """The answers for another key's job and for no job are the same but for their ids."""
-    job = str(submit(client, callback_url=None)["id"])
-    other = client_for()
-    missing = "job_" + "0" * 25
-    for method, path in (
-        ("GET", "/v1/jobs/{}"),
-        ("DELETE", "/v1/jobs/{}"),
-        ("POST", "/v1/jobs/{}/cancel"),
-        ("GET", "/v1/jobs/{}/events"),
-        ("GET", "/v1/jobs/{}/video"),
-        ("GET", "/v1/jobs/{}/poster"),
-        ("GET", "/v1/jobs/{}/webhooks"),
-        ("POST", "/v1/jobs/{}/webhooks/msg_1/redeliver"),
-        ("GET", "/v1/videos/{}"),
-        ("DELETE", "/v1/videos/{}"),
-        ("GET", "/v1/videos/{}/content"),
-    ):
-        theirs = other.request(method, path.format(job))
-        none = other.request(method, path.format(missing))
-        assert theirs.status_code == none.status_code == 404, (method, path, theirs.text)
-        bodies = [
-            json.loads(answer.text.replace(job, "ID").replace(missing, "ID")) for answer in (theirs, none)
-        ]
-        for body in bodies:
-            body.pop("request_id", None)
-        assert bodies[0] == bodies[1]
-    assert other.get("/v1/jobs").json()["data"] == []
-    assert client.get(f"/v1/jobs/{job}").json()["state"] == "queued"
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,26 @@ def test_another_keys_endpoint_is_not_found(
     assert client_for(Scope.READ).post("/v1/webhooks", json={"url": URL}).status_code == 403
 
 
+def test_a_delivery_is_sent_again_by_its_own_endpoint_only(
+    client: httpx.Client, client_for: Callable[..., httpx.Client]
+) -> None:
+    """Else whoever learns a delivery's id could have another key's webhooks sent, and read their contents."""
+    first, second = add(client), add(client)
+    delivery = client.post(f"/v1/webhooks/{first['id']}/test").json()["id"]
+    stranger = client_for()
+    theirs = add(stranger)
+    job = submit(stranger)
+    for who, path in (
+        (client, f"/v1/webhooks/{second['id']}/deliveries/{delivery}"),
+        (stranger, f"/v1/webhooks/{theirs['id']}/deliveries/{delivery}"),
+        (stranger, f"/v1/jobs/{job['id']}/webhooks/{delivery}"),
+    ):
+        answer = who.post(f"{path}/redeliver")
+        assert (answer.status_code, answer.json()["type"]) == (404, "/problems/not-found"), path
+        assert first["id"] not in answer.text
+    assert client.post(f"/v1/webhooks/{first['id']}/deliveries/{delivery}/redeliver").status_code == 202
+
+
 def test_at_most_ten(client: httpx.Client) -> None:
     for _ in range(10):
         add(client)

@@ -79,6 +79,9 @@ def test_resume_anywhere(client: httpx.Client, store: JobStore, settings: Settin
     assert over.status_code == 204
     by_query = client.get(f"/v1/jobs/{job_id}/events", params={"after": whole[-2][0]})
     assert by_query.text.count("event: ") == 1
+    # EventSource repeats the URL that it was opened with: what it has seen since is in the header.
+    url, header = f"/v1/jobs/{job_id}/events?after={whole[0][0]}", {"Last-Event-ID": whole[-2][0]}
+    assert client.get(url, headers=header).text.count("event: ") == 1
 
 
 def test_reconnect_after_a_cut(client: httpx.Client, store: JobStore, settings: Settings) -> None:

@@ -7,8 +7,10 @@ import json
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ class Pictures(http.server.ThreadingHTTPServer):
 
     def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.seen: list[tuple[str, str]] = []
+        self.go = threading.Event()  # until then /slow.png is not answered
         super().__init__(("127.0.0.1", 0), _Handler)
         if tls:
             self.socket = tls.wrap_socket(self.socket, server_side=True)
@@ -62,6 +65,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.seen.append((self.path, self.headers["Host"]))
         name = self.path.split("?")[0]
+        if name == "/slow.png":
+            assert self.server.go.wait(20)
+            name = "/red.png"
         if name == "/moved.png":
             self.send_response(302)
             self.send_header("Location", "/red.png")
@@ -143,6 +149,32 @@ def test_what_is_no_picture_is_refused(
     assert error["field"] == "image"
     assert part in error["expected"]
     assert store.list("*")[0] == []
+
+
+def test_a_key_has_two_pictures_on_their_way_at_once(
+    client: httpx.Client, client_for: Callable[..., httpx.Client], pictures: Pictures, local: Running
+) -> None:
+    """A third is told to come back; others' keys go on; and one that arrived makes room for the next."""
+
+    def post(who: httpx.Client, name: str = "slow.png") -> httpx.Response:
+        url = f"http://localhost:{pictures.server_port}/{name}"
+        return who.post("/v1/jobs", json={"prompt": PROMPT, "image": url})
+
+    with ThreadPoolExecutor(2) as pool:
+        under_way = [pool.submit(post, client) for _ in range(2)]
+        try:
+            end = time.monotonic() + 20
+            while len(pictures.seen) < 2:
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            third = post(client)
+            assert (third.status_code, third.json()["type"]) == (429, "/problems/rate-limited")
+            assert int(third.headers["retry-after"]) > 0
+            assert post(client_for(url=local.url), "red.png").status_code == 202
+        finally:
+            pictures.go.set()
+        assert [one.result().status_code for one in under_way] == [202, 202]
+    assert post(client).status_code == 202
 
 
 def test_nothing_is_fetched_for_a_request_that_is_wrong_anyway(

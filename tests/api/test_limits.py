@@ -1,5 +1,6 @@
 """Limits that hold before any work: body, headers, URL, rate; and headers that every answer carries."""
 
+import asyncio
 import http.client
 import time
 from collections.abc import Callable, Iterator
@@ -7,12 +8,18 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from starlette.types import Message, Receive, Scope, Send
 
+from api.limits import SizeLimits
+from api.rate import RateDecision, RateLimiter
+from jobs.client import RedisClient
 from jobs.settings import Settings
 from jobs.store import JobStore
 from tests.api.conftest import Running, serve, submit
 
 JSON = {"Content-Type": "application/json"}
+SCOPE: Scope = {"type": "http", "method": "POST", "path": "/v1/jobs", "headers": [], "query_string": b""}
+LATER = "return redis.call('EXISTS', KEYS[1]) == 1 and redis.call('HINCRBYFLOAT', KEYS[1], 'at', -ARGV[1])"
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +85,22 @@ def test_chunked_body_just_over_the_limit(small: Running, client_for: Callable[.
     client = client_for(url=small.url)
     assert client.post("/v1/jobs", content=body(4096), headers=JSON).status_code == 413
     assert client.post("/v1/jobs", content=body(1900), headers=JSON).status_code == 202
-    assert client.post("/v1/jobs", content=b" " * 4097, headers=JSON).status_code == 413
+
+
+@pytest.mark.parametrize(
+    ("path", "limit"),
+    [("/v1/jobs", 4096), ("/v1/uploads", 8192), ("/v1/videos", 8192)],
+)
+@pytest.mark.parametrize("chunked", [False, True])
+def test_exactly_as_much_as_is_accepted(
+    small: Running, client_for: Callable[..., httpx.Client], path: str, limit: int, chunked: bool
+) -> None:
+    """A picture may be larger than other bodies, also where it comes with a form; one byte more is a 413."""
+    client = client_for(url=small.url)
+    for size, refused in ((limit, False), (limit + 1, True)):
+        body = iter([b" " * size]) if chunked else b" " * size
+        kind = {"Content-Type": "image/png" if path == "/v1/uploads" else "application/json"}
+        assert (client.post(path, content=body, headers=kind).status_code == 413) is refused, size
 
 
 def test_long_headers_and_urls(client: httpx.Client) -> None:
@@ -112,6 +134,30 @@ def test_rate_limit_refills(client_for: Callable[..., httpx.Client]) -> None:
     assert client.get("/v1/key").status_code == 200
 
 
+@pytest.fixture
+def bucket(settings: Settings, redis: RedisClient) -> Callable[..., RateDecision]:
+    """Takes from one key's bucket (40 a minute: one each 1.5 s) after so many seconds, without waiting."""
+
+    def take(after: float = 0.0) -> RateDecision:
+        redis.execute_command("EVAL", LATER, 1, "reel:rate:key_a", after)
+        return RateLimiter(redis, settings).take("key_a", 40)
+
+    return take
+
+
+def test_retry_after_is_neither_too_short_nor_too_long(bucket: Callable[..., RateDecision]) -> None:
+    while (refused := bucket()).allowed:
+        pass
+    assert refused.retry_after == 2, "1.5 s, in whole seconds"
+    assert not bucket(after=1.2).allowed
+    assert bucket(after=0.8).allowed
+
+
+def test_a_silent_key_saves_up_no_more_than_its_quota(bucket: Callable[..., RateDecision]) -> None:
+    bucket()
+    assert bucket(after=3600).remaining == 39
+
+
 def test_every_answer_carries_its_headers(client: httpx.Client) -> None:
     for method, path in (("GET", "/v1/key"), ("GET", "/none"), ("POST", "/v1/jobs"), ("GET", "/healthz")):
         headers = client.request(method, path).headers
@@ -132,13 +178,8 @@ def test_request_ids_are_taken_or_made(client: httpx.Client) -> None:
         )
 
 
-def test_a_slow_body_is_given_up(settings: Settings, client: httpx.Client) -> None:
+def test_a_slow_body_is_given_up() -> None:
     """A client that stops in the middle of its body doesn't hold a request open for ever."""
-    import asyncio
-
-    from starlette.types import Message, Receive, Scope, Send
-
-    from api.limits import SizeLimits
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         while (await receive()).get("more_body"):
@@ -156,10 +197,32 @@ def test_a_slow_body_is_given_up(settings: Settings, client: httpx.Client) -> No
     async def send(message: Message) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "method": "POST", "path": "/v1/jobs", "headers": [], "query_string": b""}
-    asyncio.run(SizeLimits(app, 100, 100, chunk_seconds=0.05)(scope, receive, send))
+    asyncio.run(SizeLimits(app, 100, 100, chunk_seconds=0.05)(SCOPE, receive, send))
     assert sent[0]["status"] == 408
     assert b"/problems/body-timeout" in sent[1]["body"]
+
+
+def test_only_a_body_must_come_in_time() -> None:
+    """Once it is complete, a stream may run for as long as it likes: what it waits for is the hang-up."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+
+    async def receive() -> Message:
+        if parts:
+            return parts.pop()
+        await asyncio.sleep(0.2)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    sent: list[Message] = []
+    parts: list[Message] = [{"type": "http.request", "body": b"{}"}]
+    asyncio.run(SizeLimits(app, 100, 100, chunk_seconds=0.05)(SCOPE, receive, send))
+    assert [message["status"] for message in sent] == [204]
 
 
 def test_submit_still_works_under_the_limits(small: Running, client_for: Callable[..., httpx.Client]) -> None:

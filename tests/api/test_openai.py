@@ -1,6 +1,7 @@
 """``/v1/videos`` with the unmodified `openai` package over a real socket."""
 
 import io
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,13 +10,13 @@ import openai
 import pytest
 
 from jobs.client import RedisClient
-from jobs.job import JobError
+from jobs.job import JobError, Phase
 from jobs.keys import KeyStore, Scope
 from jobs.nodes import NodeRegistry
 from jobs.settings import Settings
 from jobs.store import JobStore
 from tests.api.conftest import MODEL, Running, finish
-from tests.support.jobs import card
+from tests.support.jobs import card, new_job
 
 # The package marks its `videos` resource deprecated because OpenAI ends its own service.
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API is scheduled:DeprecationWarning")
@@ -134,6 +135,11 @@ def test_a_repeat_with_a_picture(client: httpx.Client, running: Running, redis: 
         ({"extra_body": {"seed": "x"}}, "seed", "a number"),
         ({"extra_body": {"colour": "red"}}, "colour", "no such field"),
         ({"extra_body": {"sampling_steps": 0}}, "sampling_steps", "1 to 100"),
+        (
+            {"extra_body": {"input_reference": "https://1.1.1.1/x.png"}},
+            "input_reference",
+            "makes videos from text only",
+        ),
     ],
 )
 def test_refusals_name_the_parameter(videos: Any, fields: dict[str, Any], param: str, part: str) -> None:
@@ -173,16 +179,24 @@ def test_ended_jobs_fail_with_a_code(videos: Any, store: JobStore) -> None:
     canceled = videos.create(prompt=PROMPT)
     store.cancel(canceled.id)
     seen = videos.retrieve(canceled.id)
-    assert (seen.status, seen.error.code) == ("failed", "canceled")
+    assert (seen.status, seen.error.code, seen.completed_at) == ("failed", "canceled", None)
+    late = store.submit(new_job(key=store.get(canceled.id).key_id, deadline_seconds=0.001))[0]
+    time.sleep(0.01)
+    assert store.claim(MODEL, "node-a") is None
+    seen = videos.retrieve(late.id)
+    assert (seen.status, seen.error.code) == ("failed", "expired")
     failed = videos.create(prompt=PROMPT)
     job = store.claim(MODEL, "node-a")
     assert job is not None
-    assert videos.retrieve(failed.id).status == "in_progress"
+    store.heartbeat(job.id, job.token, phase=Phase.PUBLISHING, step=4, progress=1.0)
+    seen = videos.retrieve(failed.id)
+    assert (seen.status, seen.progress, seen.expires_at) == ("in_progress", 99, None)
     error = JobError(type="out-of-memory", title="No memory left", detail="Smaller.", failure_class="user")
     store.fail(job.id, job.token, error)
     seen = videos.retrieve(failed.id)
     assert (seen.status, seen.error.code) == ("failed", "out-of-memory")
     assert seen.error.message == "No memory left: Smaller."
+    assert seen.expires_at > seen.created_at
 
 
 def test_pages(videos: Any) -> None:
@@ -224,3 +238,5 @@ def test_json_and_wrong_bodies(client: httpx.Client) -> None:
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
     twice = client.post("/v1/videos", files=[("prompt", (None, "a")), ("prompt", (None, "b"))])
     assert twice.json()["error"]["param"] == "prompt"
+    misplaced = client.post("/v1/videos", files={"prompt": ("a.txt", b"a red ball", "text/plain")})
+    assert misplaced.json()["error"]["message"].endswith("prompt: got a file, expected a text")

@@ -9,8 +9,10 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi.testclient import TestClient
 from PIL import Image
 
+from api.app import create_app
 from jobs.client import RedisClient
 from jobs.nodes import NodeRegistry
 from jobs.settings import Settings
@@ -119,11 +121,33 @@ def test_canaries_stay_out_of_logs_and_metrics(
         assert secret not in text
 
 
+def test_an_unexpected_error_tells_the_client_nothing(
+    client: httpx.Client, running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log has where it happened; the error's text, which may quote a prompt, is nowhere."""
+
+    def broken(job_id: str) -> None:
+        raise RuntimeError("canary-93f1")
+
+    monkeypatch.setattr(running.services.jobs, "get", broken)
+    caplog.set_level(logging.DEBUG, logger="api")
+    answer = client.get("/v1/jobs/job_x")
+    assert (answer.status_code, answer.json()["type"]) == (500, "/problems/internal")
+    assert answer.json()["request_id"] == answer.headers["x-request-id"]
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    facade = client.get("/v1/videos/job_x").json()["error"]
+    assert (facade["code"], facade["type"]) == ("internal", "server_error")
+    assert "RuntimeError" in caplog.text
+    assert "test_security.py" in caplog.text
+    assert "canary" not in answer.text + str(facade) + caplog.text
+
+
 def test_page_policy(client: httpx.Client, settings: Settings) -> None:
     page = client.get("/")
     policy = page.headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
+    assert {"frame-ancestors 'none'", "base-uri 'none'", "form-action 'none'"} <= {*policy.split("; ")}
     assert f"media-src {settings.s3_endpoint}" in policy
     assert "<style" not in page.text
     assert "style=" not in page.text
@@ -137,11 +161,33 @@ def test_page_policy(client: httpx.Client, settings: Settings) -> None:
     assert client.get("/docs").status_code == 200
 
 
+def test_the_page_plays_from_the_storages_public_address(settings: Settings) -> None:
+    """Which clients reach where the API's own does not lead; on AWS, from the bucket's two spellings."""
+    for changes, media in (
+        ({"s3_public_endpoint": "https://media.example:9000/path"}, "https://media.example:9000"),
+        (
+            {"s3_endpoint": None, "s3_public_endpoint": None, "s3_bucket": "clips", "s3_region": "eu-west-1"},
+            "https://clips.s3.amazonaws.com https://*.eu-west-1.amazonaws.com",
+        ),
+    ):
+        answer = TestClient(create_app(settings.model_copy(update=changes))).get("/")
+        assert f"media-src {media}" in answer.headers["content-security-policy"].split("; ")
+
+
+def test_an_unchanged_file_of_the_page_is_not_sent_again(client: httpx.Client) -> None:
+    for path in ("/", "/docs", "/web/app.js"):
+        first = client.get(path)
+        again = client.get(path, headers={"If-None-Match": first.headers["etag"]})
+        assert (again.status_code, again.content) == (304, b""), path
+        assert again.headers["content-security-policy"] == first.headers["content-security-policy"]
+
+
 def test_readyz_says_what_is_missing(client: httpx.Client, redis: RedisClient, node: Any) -> None:
     assert client.get("/readyz").json()["missing"] == []
     NodeRegistry(redis).remove("node-a")
     answer = client.get("/readyz")
     assert (answer.status_code, answer.json()["missing"]) == (503, ["node"])
+    assert int(answer.headers["retry-after"]) > 0
 
 
 def test_redis_away_is_503_and_comes_back(settings: Settings) -> None:

@@ -5,10 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
+from api.app import create_app
 from jobs.addresses import CallbackRefused
 from jobs.client import RedisClient
+from jobs.keys import KeyStore
 from jobs.nodes import NodeInfo, NodeRegistry
 from jobs.quality import PresetCard
 from jobs.settings import Settings
@@ -183,6 +186,17 @@ def test_without_a_model_the_only_live_one_of_several_is_taken(
     nodes.beat("b", "busy")
     refused = client.post("/v1/jobs", json={"prompt": PROMPT})
     assert refused.json()["errors"] == [{"field": "model", "got": "nothing", "expected": "one of tiny, wan"}]
+
+
+def test_the_operators_default_model(settings: Settings, redis: RedisClient, keys: KeyStore) -> None:
+    """Is taken of several where a request names none; one that was never announced is named as missing."""
+    NodeRegistry(redis).publish_model(card(name="other"))
+    headers = {"Authorization": f"Bearer {keys.create('test')[1]}"}
+    for default, status, said in (("other", 202, '"model":"other"'), ("gone", 422, '"got":"gone"')):
+        with TestClient(create_app(settings.model_copy(update={"default_model": default}))) as client:
+            answer = client.post("/v1/jobs", json={"prompt": PROMPT}, headers=headers)
+        assert answer.status_code == status
+        assert said in answer.text
 
 
 def test_idempotency(client: httpx.Client, client_for: Callable[..., httpx.Client]) -> None:

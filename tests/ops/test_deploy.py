@@ -26,13 +26,12 @@ from pydantic import SecretStr
 
 from infra.docker.make_secrets import acl, make
 from infra.models import has_checkpoint
-from infra.prometheus.exporter import Exporter
 from jobs.client import connect
 from jobs.endpoints import EndpointStore
 from jobs.errors import StorageUnavailable, StoreUnavailable
-from jobs.job import FailureClass, JobError, Phase, WebhookEvent
+from jobs.job import Phase, WebhookEvent
 from jobs.keys import KeyStore
-from jobs.nodes import GpuUse, NodeInfo, NodeRegistry
+from jobs.nodes import NodeInfo, NodeRegistry
 from jobs.outbox import Outbox
 from jobs.settings import Settings
 from jobs.storage import ObjectStore
@@ -42,7 +41,7 @@ from tests.ops.cli import parse_command
 from tests.ops.compose import env_file
 from tests.ops.queries import check_query, exported
 from tests.support.jobs import new_job, result, video_request
-from tests.support.redis import RedisServer, redis_server, rewind
+from tests.support.redis import RedisServer, redis_server
 from tests.support.s3 import s3_server
 
 ALL = (WebhookEvent.STARTED, WebhookEvent.SUCCEEDED)
@@ -262,86 +261,6 @@ def test_every_alert_has_a_runbook() -> None:
     for rule in yaml.safe_load((INFRA / "prometheus/alerts.yml").read_text())["groups"][0]["rules"]:
         assert f"\n#### {rule['alert']}\n" in page
         assert rule["annotations"]["runbook_url"] == f"docs/operations.md#{rule['alert'].lower()}"
-
-
-@pytest.fixture
-def redis() -> Iterator[RedisServer]:
-    with redis_server() as server:
-        yield server
-
-
-def test_exporter_counts_each_ended_job_once(redis: RedisServer) -> None:
-    settings = Settings(redis_url=redis.url)
-    client: Any = connect(settings)
-    store, exporter = JobStore(client, settings), Exporter(settings)
-    exporter.look()
-    gpus = [GpuUse(index=n, busy=0.75, memory_used=60, memory_total=80) for n in range(2)]
-    NodeRegistry(client).register(NodeInfo(id="n1", model="tiny", state="busy", gpus=gpus))
-    for _ in range(3):
-        store.submit(new_job())
-    for number in range(3):
-        job = store.claim("tiny", "n1")
-        assert job is not None
-        if number == 0:  # the node dies once; the next claim takes the job over
-            rewind(client, job.id, lease=True)
-            job = store.claim("tiny", "n1")
-            assert job is not None
-        if number == 2:
-            error = JobError(type="bad", title="t", detail="d", failure_class=FailureClass.USER)
-            store.fail(job.id, job.token, error)
-        else:
-            store.heartbeat(job.id, job.token, phase=Phase.DENOISING, step=1, progress=0.5)
-            spent = {"device": "H100", "gpus": 8, "gpu_seconds": 12.0, "cost": 0.25}
-            seconds = {"denoising": 1.5, "publishing": 0.4}
-            done = result(job.id, job.token).model_copy(update={"seconds": seconds, **spent})
-            store.finish(job.id, job.token, done)
-        exporter.look()
-        exporter.look()
-    get = exporter.metrics.registry.get_sample_value
-    base = {"model": "tiny", "priority": "normal"}
-    assert get("reel_jobs_finished_total", {**base, "state": "succeeded"}) == 2
-    assert get("reel_jobs_finished_total", {**base, "state": "failed"}) == 1
-    assert get("reel_job_phase_seconds_sum", {"model": "tiny", "phase": "denoising"}) == 3.0
-    assert get("reel_attempts_failed_total", {"model": "tiny", "type": "lease-lost"}) == 1
-    assert get("reel_model_nodes", {"model": "tiny", "state": "busy"}) == 1
-    assert get("reel_job_retries_total", {"model": "tiny"}) == 1  # the one whose node died
-    assert get("reel_upload_seconds_sum", {"model": "tiny"}) == pytest.approx(0.8)
-    assert get("reel_video_bytes_total", {"model": "tiny"}) == 2 * 1234
-    assert get("reel_job_gpu_seconds_total", {"model": "tiny", "device": "H100"}) == 24
-    assert get("reel_job_cost_total", {"model": "tiny", "device": "H100"}) == 0.5
-    gpu = {"model": "tiny", "node": "n1", "gpu": "1"}
-    assert get("reel_gpu_busy_ratio", gpu) == 0.75
-    assert (get("reel_gpu_memory_bytes", gpu), get("reel_gpu_memory_total_bytes", gpu)) == (60, 80)
-    NodeRegistry(client).remove("n1")
-    exporter.look()
-    assert get("reel_gpu_busy_ratio", gpu) is None  # gone with its node
-    assert get("reel_redis_persistence_ok") == 0  # this server has no append-only file
-    assert (get("reel_redis_memory_bytes") or 0) > 0
-
-
-def test_exporter_counts_webhook_posts_by_outcome(redis: RedisServer) -> None:
-    settings = Settings(redis_url=redis.url)
-    client: Any = connect(settings)
-    store, outbox, exporter = JobStore(client, settings), Outbox(client, settings), Exporter(settings)
-
-    def post(outcome: str) -> None:
-        store.submit(new_job(callback_url="https://example.com/", webhook_events=(WebhookEvent.STARTED,)))
-        store.claim("tiny", "n1")
-        delivery = outbox.take(outbox.due()[0], 30)
-        assert delivery is not None
-        if outcome == "delivered":
-            outbox.delivered(delivery.id, 204, attempt=delivery.attempt)
-        else:
-            outbox.retry(delivery.id, 3600, attempt=delivery.attempt, status=500)
-
-    post("delivered")  # before the exporter began
-    exporter.look()
-    for outcome in ("delivered", "retry", "delivered"):
-        post(outcome)
-        exporter.look()
-    get = exporter.metrics.registry.get_sample_value
-    assert get("reel_webhook_attempts_total", {"outcome": "delivered"}) == 2
-    assert get("reel_webhook_attempts_total", {"outcome": "retry"}) == 1
 
 
 def test_redis_users_may_do_their_part_and_no_more(tmp_path: Path) -> None:

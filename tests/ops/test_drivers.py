@@ -385,6 +385,28 @@ def test_stock_outs_back_off_and_dry_run_changes_nothing(rng: random.Random) -> 
     assert any("next one in 25 s" in line for line in pool(world, kept, cloud).step().done)
 
 
+def test_a_machine_that_cannot_be_removed_is_tried_again(rng: random.Random) -> None:
+    """And keeps the pass from nothing else."""
+    world, kept = World(waiting=1), Kept()
+    cloud = SimulatedCloud([Offer("c", 10, 9, boot=10)], world.clock, rng)
+    pool(world, kept, cloud).step()
+    (name,) = (m.name for m in cloud.machines())
+    world.clock.now = 100.0
+    world.report(name, state="stopped")
+    stuck = Deaf(cloud)
+    stuck.heard = True
+
+    def refuse(name: str) -> None:
+        raise DriverError("busy")
+
+    stuck.remove = refuse  # type: ignore[method-assign]
+    done = pool(world, kept, stuck).step().done  # type: ignore[arg-type]
+    assert f"could not remove {name} (busy): again at the next pass" in done
+    assert any(line.startswith("ordered ") for line in done)
+    pool(world, kept, cloud).step()
+    assert name not in {m.name for m in cloud.machines()}
+
+
 def test_a_restored_redis_without_a_registry_costs_no_node(rng: random.Random) -> None:
     world, kept = World(waiting=2), Kept()
     cloud = SimulatedCloud([Offer("c", 10, 9, boot=10)], world.clock, rng)

@@ -65,6 +65,20 @@ def test_a_cut_budget_drains_at_once_and_the_dearest_first() -> None:
     assert decision.drain == ("dear",)
 
 
+def test_the_budget_wins_over_min_nodes_and_over_an_earlier_peak() -> None:
+    poor = replace(POLICY, budget_per_hour=45, min_nodes=3)
+    assert decide(poor, seen(0, 0), Memory()).add == 2
+    rich = decide(POLICY, seen(9, 3, fleet(4)), Memory())
+    cut = decide(replace(POLICY, budget_per_hour=45), seen(9, 3, fleet(4), now=1030), rich.memory)
+    assert len(cut.drain) == 2, "four were wanted half a minute ago, and two can be paid"
+
+
+def test_nodes_that_still_drain_take_the_place_of_new_ones() -> None:
+    machines = tuple(replace(m, name=f"x-{m.name}", state=S.DRAINING) for m in fleet(4))
+    decision = decide(replace(POLICY, max_nodes=5), seen(100, 0, machines), Memory())
+    assert (decision.target, decision.add) == (5, 1)
+
+
 def test_cooldown_between_orders_and_size_of_an_order() -> None:
     first = decide(replace(POLICY, max_add=2), seen(30, 0), Memory())
     assert first.add == 2

@@ -13,7 +13,7 @@ from prometheus_client import generate_latest
 from infra.errors import CliError
 from infra.prometheus import exporter
 from infra.scaler.config import ConfigError, ScalerConfig
-from infra.scaler.driver import Health, Rented
+from infra.scaler.driver import DriverError, Health, Rented
 from infra.scaler.main import Loop, run
 from infra.scaler.memory import Leadership, RedisMemory, from_json
 from infra.scaler.metrics import ScalerMetrics
@@ -27,6 +27,7 @@ from jobs.store import JobStore
 from tests.support.jobs import new_job, result, video_request
 from tests.support.redis import redis_server
 
+POLICY = Policy(target_wait=600, max_nodes=1)
 POOL = '[[pool]]\nmodel = "tiny"\ndriver = "simulated"\ntarget_wait = 3\nboot = 0\nremove_window = 0.01\n'
 
 
@@ -155,7 +156,7 @@ def loop(settings: Settings, cloud: SlowCloud, seconds: float, said: list[str]) 
     client: Any = connect(settings)
     lead = Leadership(client, seconds)
     source = QueueSource(JobStore(client, settings), NodeRegistry(client))
-    pool = Pool("tiny", Policy(target_wait=600, max_nodes=1), cloud, source, RedisMemory(client, lead))
+    pool = Pool("tiny", POLICY, cloud, source, RedisMemory(client, lead))
     return Loop(ScalerConfig(0.1, ()), [pool], lead, ScalerMetrics(), said.append)
 
 
@@ -199,6 +200,37 @@ def test_a_lead_that_ended_is_not_kept_by_taking_it_again(settings: Settings) ->
         time.sleep(0.15)
         assert not lead.write("reel:scaler:memory:tiny", "{}")
     assert client.execute_command("EXISTS", "reel:scaler:leader", "reel:scaler:memory:tiny") == 0
+
+
+class BrokenCloud(SlowCloud):
+    """A cloud whose tool fails."""
+
+    def machines(self) -> list[Rented]:
+        raise DriverError("no credentials")
+
+
+def test_one_pools_broken_cloud_does_not_keep_the_others_from_theirs(settings: Settings) -> None:
+    client: Any = connect(settings)
+    JobStore(client, settings).submit(new_job())
+    good, said = SlowCloud(), list[str]()
+    one = loop(settings, good, 60.0, said)
+    broken = Pool("other", POLICY, BrokenCloud(), one._pools[0]._source, one._pools[0]._memory)
+    one._pools.insert(0, broken)
+    assert one.run(once=True) == 0
+    assert "scaler: other: no credentials" in said
+    assert len(good.rented) == 1
+    get = one._metrics.registry.get_sample_value
+    assert get("reel_scaler_errors_total", {"model": "other"}) == 1
+    assert get("reel_scaler_errors_total", {"model": "tiny"}) is None
+
+
+def test_a_redis_that_is_away_does_not_end_it(tmp_path: Path) -> None:
+    """The pass is counted as failed and said; the next one may find it again."""
+    said: list[str] = []
+    one = loop(Settings(redis_url=f"unix://{tmp_path}/none.sock", redis_timeout=0.2), SlowCloud(), 60.0, said)
+    assert one.run(once=True) == 0
+    assert any("scaler: " in line and "pools" not in line for line in said)
+    assert one._metrics.registry.get_sample_value("reel_scaler_errors_total", {"model": "queue"}) == 1
 
 
 def test_who_stands_by_says_nothing_of_what_it_saw_when_it_led(settings: Settings) -> None:
