@@ -28,7 +28,10 @@ class Spool:
         return self.root / job.id / str(job.token)
 
     def folder(self, job: Job) -> Path:
-        """An empty folder for this attempt."""
+        """An empty folder for this attempt; finished videos that are too old make room for it."""
+        for facts in self.root.glob(f"*/*/{FACTS}"):
+            if not _fresh(facts):
+                self.discard(facts.parent)
         folder = self.attempt(job)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -57,9 +60,12 @@ class Spool:
         For the start, before anything is written.
         """
         for folder in sorted(self.root.glob("*/*")):
-            facts = folder / FACTS
-            fresh = facts.exists() and time.time() - facts.stat().st_mtime < KEEP_SECONDS
-            if fresh and folder.name.isdigit():
+            if _fresh(folder / FACTS) and folder.name.isdigit():
                 yield folder.parent.name, int(folder.name), folder
             else:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fresh(facts: Path) -> bool:
+    """Whether a video is finished, and since less than KEEP_SECONDS."""
+    return facts.exists() and time.time() - facts.stat().st_mtime < KEEP_SECONDS

@@ -16,7 +16,6 @@ from api.routes.jobs import OWN, JobId, find
 from api.services import Services
 from jobs.errors import FieldProblem, JobNotFound, StoreUnavailable
 from jobs.events import START, valid_event_id
-from jobs.job import JobState
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 ENDS = frozenset({"job.succeeded", "job.failed", "job.canceled", "job.expired"})
@@ -102,4 +101,4 @@ def _over(svc: Services, job_id: str) -> bool:
         job = svc.jobs.get(job_id)
     except JobNotFound:
         return True
-    return job.terminal and job.state is not JobState.FAILED
+    return job.terminal

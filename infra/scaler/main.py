@@ -124,7 +124,7 @@ class Loop:
             except LeadLost as error:
                 self._say(f"scaler: {error}")
                 return
-            except DriverError as error:
+            except (DriverError, ValueError) as error:  # ValueError: its memory can't be read
                 self._say(f"scaler: {pool.model}: {error}")
                 self._metrics.failed(pool.model)
                 continue

@@ -62,7 +62,10 @@ def to_json(memory: Memory) -> str:
 
 def from_json(text: str) -> Memory:
     """Raises ValueError naming what is wrong. Unknown fields (a newer scaler's) are dropped."""
-    data = json.loads(text)
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError:
+        data = None
     if not isinstance(data, dict):
         raise ValueError(
             f"scaler memory: got {text[:80]!r}, expected a JSON object; delete the key to start anew"

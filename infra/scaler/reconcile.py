@@ -37,8 +37,9 @@ class Pool:
         self._memory = memory
 
     def step(self, *, dry_run: bool = False) -> Pass:
-        """One pass. Raises StoreUnavailable or DriverError when the pool can't be seen, and LeadLost when
-        another scaler may lead: before anything is done by the plan, or after an order that failed.
+        """One pass. Raises StoreUnavailable or DriverError when the pool can't be seen, ValueError when its
+        memory can't be read, and LeadLost when another scaler may lead: before anything is done by the plan,
+        or after an order that failed.
 
         dry_run: nothing is written, asked or ordered.
         """

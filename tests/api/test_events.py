@@ -12,7 +12,7 @@ import pytest
 from httpx_sse import ServerSentEvent, connect_sse
 
 from api.routes import events as events_route
-from jobs.job import Phase
+from jobs.job import FailureClass, JobError, JobState, Phase
 from jobs.settings import Settings
 from jobs.store import JobStore
 from tests.api.conftest import MODEL, Running, finish, serve, submit
@@ -142,6 +142,19 @@ def test_an_end_between_read_and_look_is_told(
     monkeypatch.setattr(events_route, "_over", late_look)
     with stream(client, job_id) as events:
         assert [event.event for event in events][-1] == "job.succeeded"
+
+
+def test_a_stream_from_a_later_event_than_any_ends_with_the_job(
+    client: httpx.Client, store: JobStore, settings: Settings
+) -> None:
+    """A client's mistake, which must not keep a connection for ever: also when the job fails."""
+    job_id = str(submit(client)["id"])
+    with stream(client, job_id, **{"Last-Event-ID": "9999999999999-0"}) as events:
+        job = store.claim(MODEL, "node-a")
+        assert job is not None
+        error = JobError(type="user", title="No", detail="", failure_class=FailureClass.USER)
+        assert store.fail(job.id, job.token, error).state is JobState.FAILED
+        assert list(events) == []
 
 
 def test_a_deleted_job_ends_its_stream(client: httpx.Client, store: JobStore) -> None:

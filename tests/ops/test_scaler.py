@@ -224,6 +224,20 @@ def test_one_pools_broken_cloud_does_not_keep_the_others_from_theirs(settings: S
     assert get("reel_scaler_errors_total", {"model": "tiny"}) is None
 
 
+def test_a_damaged_memory_stops_its_own_pool_alone(settings: Settings) -> None:
+    """Without its memory a pool would order again what is on its way: it is said, and nothing is ordered."""
+    client: Any = connect(settings)
+    JobStore(client, settings).submit(new_job())
+    client.execute_command("SET", "reel:scaler:memory:other", "{")
+    good, other, said = SlowCloud(), SlowCloud(), list[str]()
+    one = loop(settings, good, 60.0, said)
+    one._pools.insert(0, Pool("other", POLICY, other, one._pools[0]._source, one._pools[0]._memory))
+    assert one.run(once=True) == 0
+    assert any("other" in line and "delete the key" in line for line in said)
+    assert (len(other.rented), len(good.rented)) == (0, 1)
+    assert one._metrics.registry.get_sample_value("reel_scaler_errors_total", {"model": "other"}) == 1
+
+
 def test_a_redis_that_is_away_does_not_end_it(tmp_path: Path) -> None:
     """The pass is counted as failed and said; the next one may find it again."""
     said: list[str] = []
@@ -272,6 +286,7 @@ def test_drains_go_through_the_registry_and_odd_memory_is_named(settings: Settin
     source.drain("unknown")
     assert source.nodes("tiny")[0].drain_requested
     assert source.nodes("other") == []
-    with pytest.raises(ValueError, match="delete the key"):
-        from_json("[1]")
+    for text in ("[1]", "{"):
+        with pytest.raises(ValueError, match="delete the key"):
+            from_json(text)
     assert from_json('{"failed_orders": 2, "later_field": 1}') == Memory(failed_orders=2)

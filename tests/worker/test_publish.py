@@ -1,6 +1,7 @@
 """Publishing against real Redis and S3: commit, stale owner, cancel, S3 away, drain, the spool's memory."""
 
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -20,8 +21,8 @@ from tests.support.proxy import Proxy
 from worker import publish
 from worker.drain import Drain
 from worker.publish import Finished, Publisher
-from worker.spool import Spool
-from worker.video import VideoFolder, read_facts
+from worker.spool import KEEP_SECONDS, Spool
+from worker.video import FACTS, VideoFolder, read_facts
 
 
 class Bench:
@@ -245,6 +246,22 @@ def test_a_writer_that_died_fails_the_attempt(bench: Bench) -> None:
     assert (folder.exists(), newer.exists()) == (False, True), "its own folder goes, a later attempt's stays"
 
 
+def test_a_writer_that_a_drain_ends_costs_no_attempt(bench: Bench) -> None:
+    """Ranks that run on after the grace are killed, with the end of the video before still to be written."""
+    job = bench.claimed()
+    folder = bench.spool.folder(job)
+
+    def killed() -> None:
+        bench.drain.ask(0)
+        raise ConnectionError("the rank is gone")
+
+    bench.publisher.take(Finished(job, folder, killed))
+    bench.publisher.wait()
+    now = bench.store.get(job.id)
+    assert (now.state, now.attempts) == (JobState.QUEUED, 0)
+    assert not folder.exists()
+
+
 def test_a_video_that_is_gone_from_the_disk_is_not_waited_for(bench: Bench) -> None:
     job = bench.claimed()
     finished = bench.made(job)
@@ -276,3 +293,19 @@ def test_the_spool_keeps_whole_videos_and_drops_half_ones(bench: Bench) -> None:
     facts = read_facts(finished.folder)
     assert facts is not None
     assert (facts.frames, facts.width, facts.height, facts.fps) == (5, 64, 48, 16.0)
+
+
+def test_videos_that_nobody_fetched_for_a_day_make_room(bench: Bench) -> None:
+    """A node that runs for weeks and now and then loses a lease does not fill its disk."""
+    old, fresh, running = bench.claimed(), bench.claimed(), bench.claimed()
+    for job in (old, fresh):
+        finished = bench.made(job)
+        assert finished.close is not None
+        finished.close()
+    then = time.time() - KEEP_SECONDS - 1
+    os.utime(bench.spool.attempt(old) / FACTS, (then, then))
+    writing = bench.spool.folder(running)
+    bench.spool.folder(bench.claimed())
+    assert not (bench.spool.root / old.id).exists()
+    assert bench.spool.finished(fresh.id) is not None
+    assert writing.exists()
