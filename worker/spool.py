@@ -68,4 +68,7 @@ class Spool:
 
 def _fresh(facts: Path) -> bool:
     """Whether a video is finished, and since less than KEEP_SECONDS."""
-    return facts.exists() and time.time() - facts.stat().st_mtime < KEEP_SECONDS
+    try:
+        return time.time() - facts.stat().st_mtime < KEEP_SECONDS
+    except FileNotFoundError:  # the publisher may be done with it just now
+        return False
