@@ -19,6 +19,7 @@ from engine.config import Canceled, Progress, VAEConfig
 from engine.eight_bit_mode import EightBitMode
 from engine.errors import CheckpointError
 from engine.load import load_pipeline
+from engine.parallel.frames import StripedFrame
 from engine.parallel.mesh import Mesh
 from engine.pipeline import Pipeline
 from engine.presets import EightBit, Preset, Reuse
@@ -56,7 +57,7 @@ VARIANTS = {
 # (kind, latents' rows, columns): cut along columns and along rows, evenly by few worlds only.
 IN_HALF = "2.2"  # the kind that also runs in fp16, which takes long on a CPU
 VAES = (("2.1", 3, 9), ("2.1", 10, 4), ("2.2", 2, 9))
-CHECKS = ("frames", "cancel", "again", "split", "heads", "text")
+CHECKS = ("frames", "cancel", "again", "split", "heads", "text", "agree")
 
 
 def environment() -> dict[str, str]:
@@ -248,6 +249,16 @@ def check_text(pipeline: Pipeline) -> bool:
     return calls == mine and torch.equal(got, expected)
 
 
+def check_agreement(mesh: Mesh) -> bool:
+    """On every rank alike: whether a thing is so on all of them, or on any, and what rank 0 says."""
+    last = mesh.rank == mesh.size - 1
+    stripes = StripedFrame(None, mesh.size, mesh.size)
+    everywhere = [bool(stripes.all_agree(torch.tensor(flag))) for flag in (not last, True)]
+    anywhere = [mesh.anyone(flag) for flag in (last, False)]
+    first = [mesh.agree(flag) for flag in (last, not last)]
+    return everywhere == [False, True] and anywhere == [True, False] and first == [False, True]
+
+
 def join(folder: Path, name: str, rank: int, world: int, **options: object) -> Mesh:
     """The mesh, met at a file."""
     return Mesh.init(
@@ -303,6 +314,7 @@ def run_world(rank: int, world: int, folder: Path, checkpoint: Path) -> None:
         "split": check_split(pipeline),
         "heads": check_heads(checkpoint, mesh),
         "text": check_text(pipeline),
+        "agree": check_agreement(mesh),
     }
     if rank == 0:
         save_file({name: tensor.contiguous() for name, tensor in found.items()}, folder / "found.safetensors")

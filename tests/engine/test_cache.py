@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from engine.cache import Decisions, StepCache, modulated_input, text_of
 from engine.conditioning import Conditioning
 from engine.config import Work
 from engine.dit import DiT
+from engine.parallel.mesh import Mesh
 from engine.pipeline import Pipeline
 from engine.presets import CACHED, ONLY_LOSSLESS, Preset, Reuse
 from engine.requests import resolve
@@ -159,6 +161,27 @@ def test_what_guidance_was_stands_in_for_what_it_is(
     assert cache.guidance_reused == 2
 
 
+def test_rank_0_decides_what_is_reused(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this rank would do by itself: here it would compute everything."""
+    monkeypatch.setattr("engine.cache.modulated_input", lambda expert, *rest: torch.ones(1))
+    # Of each step: the whole of it, and where it is computed its guidance and its self-attention.
+    answers = [False, False, False, False, False, True, False, True, False, True]
+    cache = StepCache(pipeline, Reuse(9, attention_threshold=9, guidance_threshold=9, first=99), 4)
+    expert = mock.Mock(return_value=torch.zeros(2, 16, 1, 2, 2), blocks=[], keeper=None)
+    expert.encode_text.return_value = []
+    inputs = torch.zeros(16, 1, 2, 2), torch.zeros(2, 1, 1), {}, Conditioning((16, 16))
+    found = []
+    with mock.patch.object(Mesh, "agree", side_effect=answers) as agree:
+        for step in range(4):
+            if step == 2:
+                expert.return_value = torch.zeros(1, 16, 1, 2, 2)
+            cache.flow(step, expert, 3.0, 500, *inputs)
+            found.append((cache.steps_reused, cache.guidance_reused, cache.attention_reused))
+    assert agree.call_count == len(answers)
+    assert not any(call.args[0] for call in agree.call_args_list)
+    assert found == [(0, 0, 0), (0, 0, 1), (0, 1, 1), (1, 1, 1)]
+
+
 def test_nothing_reused_is_the_lossless_video_to_the_bit(pipeline: Pipeline) -> None:
     cached = with_rule(pipeline, Reuse())
     video, work = run(cached)
@@ -265,3 +288,17 @@ def test_the_modulated_input_knows_latents_and_time(pipeline: Pipeline, generato
         assert relative(modulated_input(expert, latents * 1.5 + 0.1, torch.tensor([[500.0]])), base) > 1e-3
         two = modulated_input(expert, latents, torch.tensor([[0.0, 500.0]]))
         assert relative(two, base) < 1e-6
+
+
+def test_of_many_tokens_some_from_everywhere_are_looked_at(
+    pipeline: Pipeline, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.cache.PROBED", 4)
+    latents = torch.randn(1, 16, 3, 6, 8, generator=generator)
+    with torch.inference_mode():
+        base = modulated_input(pipeline.high, latents, torch.tensor([[500.0]]))
+        assert base.shape[1] == 4
+        for frame in range(3):
+            moved = latents.clone()
+            moved[:, :, frame] += 1.0
+            assert not torch.equal(modulated_input(pipeline.high, moved, torch.tensor([[500.0]])), base)

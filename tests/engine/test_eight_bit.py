@@ -8,15 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.attention import Attend, sdpa
 from engine.config import DiTConfig, LoraUse
-from engine.eight_bit import EightBitBlocks
-from engine.eight_bit_mode import kept_bytes
+from engine.eight_bit import EightBitBlocks, Weights
+from engine.eight_bit_mode import EightBitMode, kept_bytes
 from engine.load import load_pipeline
+from engine.number_format import FORMATS
 from engine.pipeline import Pipeline
 from engine.presets import EIGHT_BIT, ONLY_LOSSLESS, EightBit, Preset
 from engine.requests import resolve
 from engine.warmup import warm_up
-from kernels import fp8_gemm
+from kernels import attention_8bit, fp8_gemm
 from tests.engine.loras import write_lora
 from tests.engine.oracle import relative
 from tests.engine.ranks import FUSED_GRID, case_latents, exact_eights, fused_latents
@@ -71,6 +73,22 @@ def test_kept_blocks_are_not_touched(eight: Pipeline) -> None:
     assert 1e-4 < first < relative(latents(eight, ALL), fused_latents(eight)) * 1.5
 
 
+def test_a_kept_blocks_attention_is_not_in_8_bits(eight: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def told(name: str) -> Attend:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            calls.append(name)
+            return sdpa(q, k, v)
+
+        return attend
+
+    monkeypatch.setattr(attention_8bit, "attention", told("8bit"))
+    eight.eight = EightBitMode(eight, told("plain"), sdpa, keep_weights=False)
+    latents(eight, EightBit((1,)))
+    assert calls == ["8bit", "plain"] * 3  # of three steps
+
+
 def test_first_steps_are_lossless(eight: Pipeline) -> None:
     plain = case_latents(eight, FUSED_GRID)  # three steps
     assert torch.equal(latents(eight, EightBit((), first_steps=3)), plain)
@@ -120,6 +138,23 @@ def test_kept_weights_change_nothing_but_the_work(eight: Pipeline, monkeypatch: 
     assert set(calls) <= {1, 2}  # activations: no weight is quantised again
 
 
+def test_what_is_refused_takes_no_memory(eight: Pipeline) -> None:
+    refused = Preset(EIGHT_BIT, "", ALL, refused="forbidden")
+    eight.spec = replace(eight.spec, presets=(*ONLY_LOSSLESS, refused))
+    eight.eight.keep(2**60, eight.spec.dit)
+    assert not eight.eight.blocks._weights
+
+
+def test_one_expert_needs_room_for_one(eight: Pipeline) -> None:
+    size = kept_bytes(eight.spec.dit)
+    eight.eight.keep(size + 1, eight.spec.dit)
+    assert not eight.eight.blocks.keep_weights
+    eight.low = None
+    eight.eight.keep(size + 1, eight.spec.dit)
+    assert eight.eight.blocks.keep_weights
+    assert list(eight.eight.blocks._weights) == list(eight.high.blocks)
+
+
 def test_loras_reach_the_kept_weights(eight: Pipeline) -> None:
     eight.eight.keep(2**60, eight.spec.dit)
     plain = video(eight, EIGHT_BIT)
@@ -147,3 +182,15 @@ def test_warming_up_runs_what_is_offered(eight: Pipeline, monkeypatch: pytest.Mo
 def test_kept_bytes_are_those_of_a_model() -> None:
     a14b = DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
     assert 10 < kept_bytes(a14b) / 2**30 < 14  # of an expert whose blocks take 23 GiB in bf16
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_kept_bytes_are_those_of_the_weights(pipeline: Pipeline, form: str) -> None:
+    operands = [
+        operand
+        for block in pipeline.high.blocks
+        for operand in vars(Weights.of(block, FORMATS[form])).values()  # type: ignore[arg-type]
+    ]
+    tensors = [tensor for operand in operands for tensor in vars(operand).values()]
+    found = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+    assert kept_bytes(pipeline.spec.dit, FORMATS[form]) == found

@@ -82,6 +82,13 @@ def pattern(rule: Reuse, changes: list[float]) -> str:
         # Under both thresholds a step is reused whole; the cap counts what follows one another.
         (Reuse(0.15, attention_threshold=0.5, first=1, last=0, max_reuse=3), [0, *[0.1] * 7], "csascsas"),
         (Reuse(9, attention_threshold=9, first=1, last=0, max_reuse=2), [0] * 7, "csscssc"),
+        # What a step with kept self-attention adds to the age of its own result: 1 of the 3, then 2 of the 4.
+        (Reuse(0.15, attention_threshold=9, first=1, last=0, max_reuse=3), [0, 0.2, 0, 0, 0], "cassc"),
+        (
+            Reuse(0.15, attention_threshold=9, first=1, last=0, max_reuse=4),
+            [0, 0.2, 0.2, *[0] * 4],
+            "caasscs",
+        ),
     ],
 )
 def test_a_step_takes_attention_by_the_sum_of_changes(

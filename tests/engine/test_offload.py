@@ -12,7 +12,7 @@ from engine.config import Canceled, LoraUse
 from engine.layout import find_layout
 from engine.load import load_pipeline
 from engine.memory import sizes_of
-from engine.offload import ExpertExchange, _block, _tensors
+from engine.offload import ExpertExchange, _block, _swap, _tensors
 from engine.pinned import pinned_bytes
 from engine.pipeline import Pipeline
 from engine.presets import CACHED, ONLY_LOSSLESS, Preset, Reuse
@@ -43,6 +43,16 @@ def video(pipeline: Pipeline, steps: int = 8, *loras: LoraUse, quality: str = "l
     sink = Frames()
     pipeline.generate(request, sink)
     return sink.video
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_tensors_larger_than_the_buffer_change_places_whole(generator: torch.Generator, size: int) -> None:
+    """As a real block's do: the tiny ones of the other tests pass in one piece."""
+    mine, theirs = torch.randn(2, 5, 3, generator=generator).unbind(0)
+    before = mine.clone(), theirs.clone()
+    _swap(mine, theirs, torch.empty(size, dtype=torch.uint8))
+    assert torch.equal(mine, before[1])
+    assert torch.equal(theirs, before[0])
 
 
 def late(pipeline: Pipeline) -> int:

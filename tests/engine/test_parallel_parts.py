@@ -9,10 +9,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from engine.errors import RankLost
 from engine.frame_writer import FrameWriter
-from engine.parallel import cuda_driver, transport
+from engine.parallel import cuda_driver, mesh, transport
 from engine.parallel.collective import CollectiveTransport
+from engine.parallel.exchange import Traffic
+from engine.parallel.mesh import Mesh
+from engine.parallel.push import PushTransport, Route
 from engine.parallel.shared import SharedWindow
+from engine.vae_blocks import WholeFrame
+from kernels.qk_norm_rope import SendLayout
 
 
 class Slow:
@@ -20,7 +26,7 @@ class Slow:
 
     def __init__(self, fail_at: int = -1) -> None:
         self.got: list[int] = []
-        self.fail_at = fail_at
+        self.fail_at, self.sent = fail_at, 0
         self.threads: set[str] = set()
 
     def write(self, frames: np.ndarray) -> None:
@@ -39,6 +45,7 @@ def write_slowly(sink: Slow, count: int, pause: float = 0.005, end: BaseExceptio
     with FrameWriter(sink) as writer:
         for number in range(count):
             writer.write(frame(number))
+            sink.sent += 1
             time.sleep(pause)
         if end is not None:
             raise end
@@ -62,6 +69,12 @@ def test_a_sinks_error_ends_the_video() -> None:
     with pytest.raises(OSError, match="disk is full"):
         write_slowly(sink, 200)
     assert sink.got == [0, 1]
+    assert sink.sent < 200  # it is heard while frames still come
+
+
+def test_a_sinks_error_at_the_last_frame_is_heard_at_the_end() -> None:
+    with pytest.raises(OSError, match="disk is full"):
+        write_slowly(Slow(fail_at=0), 1, pause=0)
 
 
 def test_a_canceled_video_drops_what_is_queued() -> None:
@@ -95,6 +108,77 @@ def test_a_transport_that_works_is_named_in_the_log(
     assert "attention's transport over 1 ranks: shared memory of one host" in caplog.text
     with pytest.raises(ValueError, match="no transport is called 'pigeon'"):
         transport.choose_transport("pigeon", world_of_one, world_of_one, torch.device("cpu"))
+
+
+def test_a_transport_that_loses_the_output_alone_fails_its_trial(
+    world_of_one: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, copies = SharedWindow.copy, list[int]()
+
+    def lose(self: SharedWindow, into: torch.Tensor, source: torch.Tensor) -> None:
+        copies.append(1)
+        if len(copies) <= 4:  # v and q, in two groups of heads each
+            copy(self, into, source)
+
+    monkeypatch.setattr(SharedWindow, "copy", lose)
+    with pytest.raises(RuntimeError, match="doesn't work here: the output came back changed"):
+        transport.choose_transport("shared", world_of_one, world_of_one, torch.device("cpu"))
+
+
+class Diary(SharedWindow):
+    """A window that writes down what it is asked for."""
+
+    asked: list[str]
+
+    def fence(self) -> None:
+        self.asked.append("fence")
+
+    def copy(self, into_NM: torch.Tensor, source_NM: torch.Tensor) -> None:
+        self.asked.append("copy")
+        super().copy(into_NM, source_NM)
+
+    def signal(self, rank: int, counter: int, value: int) -> None:
+        self.asked.append("signal")
+        super().signal(rank, counter, value)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_push_tells_of_a_piece_after_all_of_it_was_sent(
+    world_of_one: dist.ProcessGroup, packed: bool
+) -> None:
+    """Copies wait for what is computed, and a reader's counter for the copies of both batch entries."""
+    window = Diary(world_of_one, 1.0)
+    window.asked = []
+    carrier = PushTransport(window, Route.straight(0, 1), "")
+    layout = SendLayout.of(3, 1, 2)
+    x = torch.randn(2, 5, 3, 4)
+    exchange = carrier.exchange(Traffic(2, 5, layout, 4, x.dtype, x.device), 1)
+    exchange.send("q", layout.pack(x) if packed else x, packed)
+    assert window.asked == ["fence", *["copy", "copy", "signal"] * 2]
+    window.asked = []
+    exchange.send_back(1, exchange.receive("q", 1))
+    assert window.asked == ["fence", "copy", "copy", "signal"]
+    assert torch.equal(exchange.receive_back(1), x[:, :, 2:].flatten(2))
+
+
+def test_a_silent_rank_is_lost_after_the_limit(world_of_one: dist.ProcessGroup) -> None:
+    window = SharedWindow(world_of_one, 0.05)
+    window.reserve(64, 2)
+    window.signal(0, 1, 3)
+    window.wait(1, 3)
+    with pytest.raises(RankLost, match=r"sent nothing for 0 s \(counter 1\)"):
+        window.wait(1, 4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "shared"), [(3, 9, True), (9, 3, True), (8, 1, True), (7, 7, False)]
+)
+def test_frames_with_a_latent_for_each_rank_are_shared(
+    world_of_one: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch, rows: int, columns: int, shared: bool
+) -> None:
+    monkeypatch.setattr(mesh, "StripedFrame", lambda group, rows, columns: (rows, columns))
+    space = Mesh(0, 2, 4, control=world_of_one).space(rows, columns)
+    assert space == (rows, columns) if shared else isinstance(space, WholeFrame)
 
 
 class Recorder:

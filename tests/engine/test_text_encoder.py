@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import UMT5EncoderModel
+from transformers import UMT5Config, UMT5EncoderModel
 
 from engine.checkpoint_writer import build_tokenizer
 from engine.text_encoder import TextEncoder, clean_prompt
@@ -39,9 +39,18 @@ def test_every_tensor_counts(encoder: TextEncoder) -> None:
     assert tensors_without_effect(encoder.umt5, lambda: encoder.encode("a small boat on a calm sea")) == []
 
 
-def test_long_prompts_are_cut(encoder: TextEncoder) -> None:
+def test_the_configuration_is_that_of_the_published_model() -> None:
+    """transformers' own defaults are those of google/umt5; here only the sizes and what isn't used differ."""
+    ours = umt5_config(384, 32, 48, 64, 4, 2)
+    theirs = UMT5Config(vocab_size=384, d_model=32, d_kv=12, d_ff=64, num_heads=4, num_layers=2)
+    different = {name for name, value in theirs.to_dict().items() if ours.to_dict()[name] != value}
+    assert different == {"dropout_rate", "use_cache"}
+
+
+def test_long_prompts_are_cut_before_their_end_mark(encoder: TextEncoder) -> None:
     ids = encoder.tokenize("boat sea sun " * 50)
     assert len(ids) == LENGTH
+    assert ids[-1] == encoder.tokenizer.eos_token_id
     assert encoder.encode("boat sea sun " * 50).shape == (LENGTH, 32)
 
 

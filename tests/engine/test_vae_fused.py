@@ -12,7 +12,8 @@ from engine import vae_chunks, vae_fused
 from engine.config import VAEConfig
 from engine.tiny import randomize
 from engine.vae import VAE
-from engine.vae_graph import BEFORE
+from engine.vae_blocks import WholeFrame
+from engine.vae_graph import BEFORE, Recordings
 from tests.engine.oracle import relative
 
 KINDS = pytest.mark.parametrize("kind", ["2.1", "2.2"])
@@ -114,10 +115,75 @@ def test_beyond_what_a_smaller_stream_holds_bf16_decodes(
     with torch.inference_mode():
         want = vae.decode(latents)
         with caplog.at_level(logging.WARNING):
-            got = half_precision(vae, latents)
-    print(f"relative error {relative(got, want):.2e}; {caplog.text}")
+            got = fused_decode(vae.half(), latents.half())
+    print(f"relative error {relative(got.float(), want):.2e}; {caplog.text}")
     assert "decoded again in bfloat16" in caplog.text
-    assert relative(got, want) < 2e-2
+    assert got.dtype == torch.float16  # as the chunks before it are
+    assert relative(got.float(), want) < 2e-2
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_a_video_of_one_chunk_and_one_to_be_replayed_are_guarded_too(
+    generator: torch.Generator, caplog: pytest.LogCaptureFixture, frames: int
+) -> None:
+    """No later chunk asks for the last one's range, and a recording of the first try is no second try."""
+    vae = make_vae(generator, "2.1")
+    latents = torch.randn(1, 4, frames, 2, 3, generator=generator)
+    want = vae.decode(latents)
+    vae = scaled_up(vae, 2.0**15)
+    vae.recordings = Recordings()
+    for video in (1, 2):
+        with caplog.at_level(logging.WARNING):
+            assert relative(half_precision(vae, latents), want) < 1e-2
+        assert caplog.text.count("left fp16's range") == video
+
+
+class Doubting(WholeFrame):
+    """A rank that hears of the chunk with this number that another one's stripe isn't finite, once."""
+
+    def __init__(self, chunk: int) -> None:
+        self.chunk, self.seen = chunk, 0
+
+    def all_agree(self, flag: Tensor) -> Tensor:
+        self.seen += 1
+        return flag & (self.seen != self.chunk)
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_what_is_beyond_fp16_on_another_rank_is_decoded_again_on_all(
+    generator: torch.Generator, caplog: pytest.LogCaptureFixture, chunk: int
+) -> None:
+    """Else the ranks' exchanges would be of different tries."""
+    vae = make_vae(generator, "2.1")
+    latents = torch.randn(1, 4, 2, 2, 3, generator=generator)
+    want = vae.decode(latents)
+    with mock.patch.object(vae_fused, "applies", return_value=True), torch.inference_mode():
+        chunks = list(vae.half().decode_chunks(latents.half(), Doubting(chunk)))
+    assert [each.shape[2] for each in chunks] == [1, 4]
+    assert relative(torch.cat(chunks, dim=2).float(), want) < 1e-2
+    assert f"latent frame {chunk} of 2 left fp16's range" in caplog.text
+
+
+def test_a_recording_is_only_of_its_own_shape_and_stripes(generator: torch.Generator) -> None:
+    fused = vae_fused.FusedDecoder(make_vae(generator, "2.1").decoder)
+    recordings, z = Recordings(), torch.zeros(1, 4, 2, 3, 5)
+    first = recordings.of(fused, z)
+    assert recordings.of(fused, torch.zeros(1, 4, 9, 3, 5)) is first  # of any length
+    for other in (z.half(), z[..., :4], z[..., :2, :], z.repeat(2, 1, 1, 1, 1)):
+        assert recordings.of(fused, other) is not first
+        first = recordings.of(fused, z)
+    fused.space.division = (3, 5, -1, 3, 2)
+    assert recordings.of(fused, z) is not first
+
+
+def test_only_half_precision_without_gradients_runs_fused() -> None:
+    half = torch.empty(1, dtype=torch.float16, device="meta")
+    with torch.no_grad():
+        assert vae_fused.applies(half)
+        assert not vae_fused.applies(half.float())
+        assert not vae_fused.applies(torch.empty(1, dtype=torch.float16))
+    with torch.enable_grad():
+        assert not vae_fused.applies(half)
 
 
 def test_latents_that_are_not_finite_end(

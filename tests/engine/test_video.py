@@ -55,6 +55,24 @@ def test_frames_of_another_size_are_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_frames_of_other_numbers_are_refused(tmp_path: Path) -> None:
+    with Mp4Writer(tmp_path / "v.mp4", 80, 48, 8) as writer:
+        with pytest.raises(ValueError, match=r"float32, expected .* uint8"):
+            writer.write(moving_bar(1, 48, 80).astype(np.float32))
+        writer.write(moving_bar(1, 48, 80))
+    assert decode_video(tmp_path / "v.mp4")[0].frames == 1
+
+
+def test_the_posters_frame_outlives_the_callers_buffer(tmp_path: Path) -> None:
+    video = moving_bar(1, 48, 80)
+    with Mp4Writer(tmp_path / "v.mp4", 80, 48, 8) as writer:
+        writer.write(video)
+        video[:] = 0
+        assert writer.first_frame is not None
+        assert np.array_equal(writer.first_frame, moving_bar(1, 48, 80)[0])
+        writer.write(video)
+
+
 def test_an_error_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="elsewhere"):
         write_some(tmp_path / "v.mp4", 80, RuntimeError("elsewhere"))

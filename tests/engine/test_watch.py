@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from engine.errors import RankLost, RequestError
 from engine.parallel import watch
-from engine.parallel.watch import BEAT, BUSY, IDLE, PID, STATE, Watch
+from engine.parallel.watch import BEAT, BUSY, FAILED, FULL, IDLE, LEFT, PID, STATE, Watch
 
 
 class Mark:
@@ -71,3 +72,65 @@ def test_a_cpu_is_where_its_thread_is(one: Watch) -> None:
     assert not one._silent()
     assert one._device == torch.device("cpu")
     assert one.limit < watch.FIRST_SECONDS  # the first video compiles
+
+
+def test_the_first_video_may_be_silent_for_as_long_as_kernels_compile(one: Watch) -> None:
+    one._generations = 0
+    ranks(one, 60.0)
+    assert not one._silent()
+    ranks(one, watch.FIRST_SECONDS + 1)
+    assert one._silent()
+    ranks(one, 60.0)
+    with one.working():
+        pass
+    ranks(one, 60.0)
+    assert "did nothing for 60 s" in one._silent()
+
+
+def work(one: Watch, error: BaseException) -> None:
+    with one.working():
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "words"),
+    [
+        (KeyError("a mistake"), FAILED, "rank 0 failed in the midst of a video"),
+        (torch.OutOfMemoryError("7 GiB"), FULL, "rank 0 ran out of memory in the midst of a video"),
+    ],
+)
+def test_a_rank_that_gave_up_says_so_until_its_end_and_works_no_more(
+    one: Watch, error: Exception, state: int, words: str
+) -> None:
+    """Closing must not make it one that left in order: the others would wait for it."""
+    with pytest.raises(type(error)):
+        work(one, error)
+    one.close()
+    assert one._board[0, STATE] == state
+    assert one.lost == words
+    with pytest.raises(RankLost, match=words):
+        work(one, AssertionError("it worked"))
+
+
+def test_what_all_ranks_refuse_leaves_them_whole(one: Watch) -> None:
+    with pytest.raises(RequestError):
+        work(one, RequestError("seed", 8, "others"))
+    assert one._board[0, STATE] == IDLE
+    assert not one.lost
+
+
+def test_a_rank_that_left_in_order_is_not_lost(one: Watch) -> None:
+    ranks(one, 0.0, 0.0, 0.0)
+    one._processes = {7: 1, 8: 2}
+    one._board[1, STATE] = LEFT
+    assert not one._dead(7)
+    assert one._dead(8) == "rank 2 (process 102) died"
+
+
+def test_another_rank_that_gave_up_is_noticed(one: Watch) -> None:
+    ranks(one, 0.0, 0.0)
+    assert not one._gave_up()
+    one._board[0, STATE] = FAILED
+    assert not one._gave_up()  # this one's own error is raised by itself
+    one._board[1, STATE] = FULL
+    assert one._gave_up() == "rank 1 ran out of memory in the midst of a video"
