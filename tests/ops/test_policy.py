@@ -99,6 +99,20 @@ def test_nodes_stay_until_nobody_wanted_them_for_the_window() -> None:
     assert len(rest.drain) == 3
 
 
+def test_a_peak_of_one_node_more_counts_as_well() -> None:
+    before = decide(POLICY, seen(9, 3, fleet(4)), Memory())
+    less = decide(POLICY, seen(6, 3, fleet(4), now=1300), before.memory)
+    assert (less.target, less.drain) == (3, ())
+    assert len(decide(POLICY, seen(6, 3, fleet(4), now=1601), less.memory).drain) == 1
+
+
+def test_the_budget_is_for_this_scalers_own_machines() -> None:
+    """Another's are paid for by others, whatever they cost."""
+    policy = replace(POLICY, budget_per_hour=45)
+    decision = decide(policy, seen(100, 0, fleet(3, managed=False, price=99.0)), Memory())
+    assert (decision.target, decision.add) == (5, 2)
+
+
 def test_who_goes_first() -> None:
     machines = (
         Machine("busy", S.SERVING, busy=True, since=1, price=20),

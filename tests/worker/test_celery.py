@@ -4,6 +4,7 @@ import base64
 import json
 import pickle
 import signal
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from jobs.settings import Settings
 from jobs.store import JobStore
 from tests.support.jobs import result, video_request
 from tests.support.node import environment, until
+from tests.support.tls import self_signed
 from tests.worker.conftest import SECRET_KEY
 from tests.worker.receiver import RawReceiver, Reply
 from worker import celery_app
@@ -209,6 +211,24 @@ def test_settings_that_matter(settings: Settings) -> None:
     for options in (app.conf.broker_transport_options, app.conf.result_backend_transport_options, app.conf):
         assert options["visibility_timeout"] == VISIBILITY_SECONDS
     app.close()
+
+
+def test_a_broker_by_tls_has_to_prove_who_it_is(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a certificate that somebody vouches for, and that names the host of the URL."""
+    certificate = self_signed("other.example", tmp_path / "cert.pem")
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate)
+    with RawReceiver(tls=tls) as impostor:
+        url = f"rediss://localhost:{impostor.port}/0"
+        app = make_app(settings.model_copy(update={"redis_url": url}))
+        for why in ("self-signed", "Hostname mismatch"):
+            with pytest.raises(Exception, match=f"CERTIFICATE_VERIFY_FAILED.*{why}"):
+                app.connection_for_write(connect_timeout=5).channel()
+            monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        app.close()
+    assert impostor.received == []
 
 
 @pytest.mark.parametrize(
