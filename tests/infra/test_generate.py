@@ -101,6 +101,12 @@ def test_a_short_outage_of_the_api_is_sat_out(api: Api, tmp_path: Path) -> None:
     assert (tmp_path / "job_x.mp4").exists()
 
 
+def test_each_outage_has_its_own_half_minute(api: Api) -> None:
+    away = [httpx.Response(503, json={})] * 40
+    api.states = [*away, job("queued"), *away, job("running"), *away, job("succeeded")]
+    assert invoke(["generate", "a ball"]) == 0
+
+
 def test_an_api_that_stays_away_ends_it(api: Api, capsys: pytest.CaptureFixture[str]) -> None:
     api.states = [httpx.ConnectError("refused")] * 200
     assert invoke(["generate", "a ball"]) == 1

@@ -164,3 +164,16 @@ def test_an_overdue_node_is_believed(store: JobStore, redis: RedisClient, timing
         redis.execute_command("HSET", f"reel:job:{running.id}", name, value)
     node(redis, "a", running)
     assert start(store, waiting) == pytest.approx(time.time() + 47, abs=2)
+
+
+def test_a_look_serves_for_a_second_and_no_longer(
+    store: JobStore, redis: RedisClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job,) = submit(store, 1)
+    kept = forecast(store)
+    assert kept.start_at(job, 0) is None
+    node(redis, "a")
+    monkeypatch.setattr("jobs.forecast.FRESH_SECONDS", 60.0)
+    assert kept.start_at(job, 0) is None
+    monkeypatch.setattr("jobs.forecast.FRESH_SECONDS", 0.0)
+    assert kept.start_at(job, 0) is not None

@@ -17,6 +17,7 @@ from threading import Event, Semaphore
 import pytest
 
 from jobs.client import connect
+from jobs.errors import StoreUnavailable
 from jobs.job import JobState, NewJob, WebhookEvent, new_id
 from jobs.keys import KeyStore
 from jobs.outbox import Outbox
@@ -28,7 +29,16 @@ from tests.support.tls import self_signed
 from tests.worker.conftest import SECRET_KEY
 from tests.worker.receiver import RawReceiver, Reply
 from worker import celery_app
-from worker.celery_app import PREFIX, SENDERS, THREADS, VISIBILITY_SECONDS, broker_url, make_app, schedule
+from worker.celery_app import (
+    PREFIX,
+    SENDERS,
+    THREADS,
+    VISIBILITY_SECONDS,
+    bounded,
+    broker_url,
+    make_app,
+    schedule,
+)
 
 CODE = "from worker.serve import run_celery; from jobs.settings import get_settings; "
 
@@ -182,6 +192,19 @@ def test_one_clean_and_one_sweep_at_a_time(
             assert first.result(5) == 1
         assert app.tasks[task]() == 1, "the next one may"
         app.close()
+
+
+def test_a_task_that_fails_makes_room_for_the_next() -> None:
+    """Redis away for one sweep must not be the end of all of them."""
+    one = Semaphore(1)
+
+    def away() -> int:
+        raise StoreUnavailable("Redis cannot be reached")
+
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable):
+            bounded(one, away)
+    assert bounded(one, lambda: 7) == 7
 
 
 def test_a_clock_that_is_minutes_off_stops_nothing(settings: Settings) -> None:
