@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -139,3 +140,19 @@ def test_a_host_that_does_not_end_is_killed_after_its_grace(
     supervisor = Supervisor(plan)
     supervisor._ask("stop")
     assert supervisor._run_host() == -signal.SIGKILL
+
+
+def test_a_host_that_dies_before_it_has_read_its_plan_is_followed_by_another(
+    plan: NodePlan, host: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one that the kernel killed for memory: the node must outlive it."""
+    host("exit 3")
+    supervisor, dump = Supervisor(plan), pickle.dump
+
+    def late(plan: NodePlan, pipe: Any) -> None:
+        assert supervisor._host is not None
+        supervisor._host.wait()
+        dump(plan, pipe)
+
+    monkeypatch.setattr(module.pickle, "dump", late)
+    assert supervisor._run_host() == 3
