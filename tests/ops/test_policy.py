@@ -111,6 +111,9 @@ def test_the_budget_is_for_this_scalers_own_machines() -> None:
     policy = replace(POLICY, budget_per_hour=45)
     decision = decide(policy, seen(100, 0, fleet(3, managed=False, price=99.0)), Memory())
     assert (decision.target, decision.add) == (5, 2)
+    own = tuple(replace(machine, name=f"own-{machine.name}") for machine in fleet(3))
+    decision = decide(policy, seen(100, 0, (*own, *fleet(3, managed=False, price=99.0))), Memory())
+    assert (decision.target, len(decision.drain)) == (5, 1)
 
 
 def test_who_goes_first() -> None:
