@@ -31,13 +31,20 @@ def plan(tmp_path: Path) -> NodePlan:
 
 
 class Rehearsed(Supervisor):
-    """Its hosts end with these codes after so many seconds of a clock that only they move."""
+    """Its hosts end with these codes after so many seconds of a clock that only they move.
+
+    What else runs below this process is the tests' own and stays: `swept` counts what would have been killed.
+    """
 
     def __init__(self, plan: NodePlan, monkeypatch: pytest.MonkeyPatch, *ends: tuple[int, float]) -> None:
         super().__init__(plan)
-        self.ends, self.now, self.waits = list(ends), 0.0, list[float]()
+        self.ends, self.now, self.waits, self.swept = list(ends), 0.0, list[float](), 0
+        monkeypatch.setattr(module, "kill_descendants", self._sweep)
         monkeypatch.setattr(module.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(self._wake, "wait", self.waits.append)
+
+    def _sweep(self) -> None:
+        self.swept += 1
 
     def _run_host(self) -> int:
         code, seconds = self.ends.pop(0)
@@ -54,6 +61,7 @@ def test_a_broken_cluster_is_built_anew_ever_more_slowly_until_one_lived(
     assert supervisor._supervise() == EXIT_DONE
     first, second, *_, last = BACKOFF_SECONDS
     assert supervisor.waits == [*BACKOFF_SECONDS, last, first, second]
+    assert supervisor.swept == len(ends), "nothing of a cluster outlives its host"
 
 
 def test_a_wrong_model_is_not_tried_again(plan: NodePlan, monkeypatch: pytest.MonkeyPatch) -> None:
