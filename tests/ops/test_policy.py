@@ -152,6 +152,15 @@ def test_silence_is_borne_for_a_while() -> None:
     second = decide(POLICY, seen(1, 0, machines, now=1181), first.memory)
     assert second.remove == ("quiet",)
     assert second.add == 1
+    assert first.memory.served == ("quiet",), "forgotten, it would count as one that never came up"
+    assert decide(POLICY, seen(1, 0, ()), first.memory).memory.served == ()
+
+
+def test_a_drain_is_remembered_as_long_as_its_machine_is_there() -> None:
+    """It is asked again at every pass, and a removal may fail; what is gone must not be asked for ever."""
+    memory = Memory(drains=(("here", 1.0), ("gone", 1.0)))
+    later = decide(POLICY, seen(1, 0, (Machine("here", S.DRAINED),)), memory).memory
+    assert later.drains == (("here", 1.0),)
 
 
 def test_a_machine_that_never_serves_is_given_up_and_the_next_order_waits() -> None:
