@@ -243,7 +243,8 @@ def test_a_broker_by_tls_has_to_prove_who_it_is(
     certificate = self_signed("other.example", tmp_path / "cert.pem")
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(certificate)
-    monkeypatch.setattr("redis.retry.sleep", lambda seconds: None)
+    for retries in ("redis.retry", "kombu.utils.functional"):
+        monkeypatch.setattr(f"{retries}.sleep", lambda seconds: None)
     with RawReceiver(tls=tls) as impostor:
         url = f"rediss://localhost:{impostor.port}/0"
         app = make_app(settings.model_copy(update={"redis_url": url}))
