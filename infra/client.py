@@ -53,6 +53,10 @@ class ReelClient:
             response = self._http.request(method, path, **options)
         except httpx.HTTPError as error:
             raise NoAnswer(f"the API at {self.url} did not answer: {_words(error)}") from None
+        except ValueError as error:  # nan, or half a character: JSON has neither
+            raise CliError(
+                f"the request cannot be sent ({_words(error)}): give finite numbers and whole characters"
+            ) from None
         if response.status_code == 503:
             raise NoAnswer(problem_line(503, response.content))
         if response.status_code >= 400:

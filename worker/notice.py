@@ -91,6 +91,8 @@ class Notice:
             error.close()
             if error.code == 404:
                 return None
+            if error.code == 401:  # AWS: the session is void before its time; the next look opens another
+                self._token_until = 0.0
             raise
 
     def _ask(self, request: urllib.request.Request) -> str:

@@ -11,6 +11,7 @@ supervisor died, by SIGKILL too) makes the host kill everything below it. If the
 here and are killed.
 """
 
+import contextlib
 import logging
 import os
 import pickle
@@ -93,7 +94,9 @@ class Supervisor:
             try:
                 pickle.dump(self.plan, self._host.stdin)
                 self._host.stdin.flush()
-            except BrokenPipeError:
+            except BrokenPipeError:  # the host died before it had read the plan
+                with contextlib.suppress(BrokenPipeError):
+                    self._host.stdin.close()  # what is left in its buffer would be raised at the block's end
                 return self._host.wait()
             if self._asked is not None:  # a signal that came while the host was being started
                 self._tell(self._asked)

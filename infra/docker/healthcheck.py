@@ -44,7 +44,7 @@ def node() -> bool:
     now = float(client.execute_command("TIME")[0])
     nodes = [one for one in NodeRegistry(client).list() if now - one.seen_at < HEARD]
     host = socket.gethostname()
-    return any(one.id == settings.node_id if settings.node_id else one.id.startswith(host) for one in nodes)
+    return any(one.id == settings.node_id if settings.node_id else one.host == host for one in nodes)
 
 
 def _answers(port: str, path: str) -> bool:

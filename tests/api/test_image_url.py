@@ -20,8 +20,8 @@ from PIL import Image
 
 from api import image_fetch
 from api.image_fetch import Order, fetch
-from api.image_process import RefusedError
-from api.sanitize import _child
+from api.image_process import MEMORY, RefusedError
+from api.sanitize import ImageRefusedError, _child, _picture
 from jobs import addresses
 from jobs.client import RedisClient
 from jobs.nodes import NodeRegistry
@@ -229,6 +229,64 @@ def test_the_name_is_verified_though_the_address_is_pinned(
         with pytest.raises(RefusedError, match="SSLCertVerificationError"):
             fetch(Order(order.url.replace(HOST, "other.example"), 8192, 10_000, allow_loopback=True))
         assert pictures.seen == [("/red.png", f"{HOST}:{pictures.server_port}")]
+
+
+def test_when_one_address_refuses_the_names_next_one_is_tried(
+    pictures: Pictures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(addresses, "_getaddrinfo", lambda host, port: ["127.0.0.2", "127.0.0.1"])
+    order = Order(f"http://two.example:{pictures.server_port}/red.png", 8192, 10_000, allow_loopback=True)
+    assert fetch(order) == png()
+
+
+@pytest.mark.parametrize(("name", "size"), [("huge.png", 9000), ("endless.png", 64_000)])
+def test_a_picture_may_be_as_large_as_the_limit(name: str, size: int, pictures: Pictures) -> None:
+    """Whether its size is announced or not."""
+    url = f"http://127.0.0.1:{pictures.server_port}/{name}"
+    assert len(fetch(Order(url, size, 10_000, allow_loopback=True))) == size
+    with pytest.raises(RefusedError, match=f"{size - 1}"):
+        fetch(Order(url, size - 1, 10_000, allow_loopback=True))
+
+
+def test_a_fetched_picture_may_wait_for_its_turn_and_is_decoded_within_limits(pictures: Pictures) -> None:
+    """The exchange's time ends with its last byte: others' pictures may be decoded before this one."""
+    code = """if True:
+        import resource, sys, api.image_fetch as m
+        m.SECONDS = 0.4
+        m.write_image = lambda data, most: print(len(data), most, resource.getrlimit(resource.RLIMIT_AS)[0])
+        sys.exit(m.main())"""
+    url = f"http://127.0.0.1:{pictures.server_port}/red.png"
+    order = {"url": url, "max_bytes": 8192, "max_pixels": 10_000, "allow_loopback": True}
+    with subprocess.Popen(
+        [sys.executable, "-I", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps(order) + "\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "fetched\n"
+        time.sleep(0.6)
+        out, _ = process.communicate("\n", timeout=30)
+    assert (process.returncode, out.split()) == (0, [str(len(png())), "10000", str(MEMORY)])
+
+
+def test_a_decoder_that_dies_is_the_pictures_fault_and_none_outlives_its_request() -> None:
+    async def dies() -> None:
+        async with _child("-c", "import os; os.kill(os.getpid(), 9)") as process:
+            await _picture(process, b"")
+
+    async def left() -> int | None:
+        async with _child("-c", "import time; time.sleep(600)") as process:
+            pass  # as when the client goes away
+        try:
+            return process.returncode
+        finally:
+            if process.returncode is None:
+                process.kill()
+
+    with pytest.raises(ImageRefusedError, match="more memory or time"):
+        asyncio.run(dies())
+    assert asyncio.run(left()) == -9
 
 
 def test_the_process_knows_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,3 +100,20 @@ def test_other_shells_find_the_stack(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (os.environ["REEL_API_URL"], os.environ["REEL_API_KEY"]) == ("http://here", "it's a key")
     with pytest.raises(CliError, match=r"has no stack\.env"):
         use_stack(tmp_path / "nowhere")
+
+
+def test_a_stack_that_is_only_found_here_fills_in_what_the_shell_does_not_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is named with --stack is meant as a whole."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("REEL_API_KEY", raising=False)
+    monkeypatch.setenv("REEL_API_URL", "http://chosen")
+    stack = tmp_path / ".reel" / "up"
+    stack.mkdir(parents=True)
+    write_stack_env(stack, {"REEL_API_URL": "http://here", "REEL_API_KEY": "here"})
+    use_stack(None, "REEL_API_KEY")
+    assert (os.environ["REEL_API_URL"], os.environ["REEL_API_KEY"]) == ("http://chosen", "here")
+    use_stack(Path(".reel/up"))
+    assert os.environ["REEL_API_URL"] == "http://here"
+    monkeypatch.delenv("REEL_API_KEY")

@@ -5,6 +5,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from infra.process import Part, PartSpec
 from infra.supervisor import Supervisor
 from tests.support.processes import marked
 
@@ -162,12 +164,42 @@ def test_a_stack_can_start_where_another_was_killed(start: Callable[[str], Super
     assert marked(first.mark) == [], "it must not start before the first one's processes are gone"
 
 
-def test_backoff_doubles_up_to_its_limit() -> None:
-    from infra.process import BACKOFF_FIRST, BACKOFF_MAX
+def test_a_part_that_keeps_dying_waits_longer_each_time_until_one_lived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = Part(PartSpec("false", ("false",), os.environ, tmp_path / "log", tmp_path))
 
-    delays = [min(BACKOFF_MAX, BACKOFF_FIRST * 2.0**failures) for failures in range(8)]
-    assert delays == sorted(delays)
-    assert delays[-1] == BACKOFF_MAX
+    def delay() -> float:
+        part.start()
+        assert until(lambda: part.died() is not None, 10)
+        assert not part.restart_if_due()
+        return part._next_start - time.monotonic()
+
+    delays = [delay() for _ in range(7)]
+    assert delays == pytest.approx([0.5, 1, 2, 4, 8, 10, 10], abs=0.4)
+    monkeypatch.setattr("infra.process.STABLE_SECONDS", 0.0)
+    assert delay() == pytest.approx(0.5, abs=0.4)
+    assert part.deaths == 8
+
+
+def test_parts_stop_in_order_and_a_second_signal_ends_the_wait(tmp_path: Path) -> None:
+    """Those of one number together: what the first ones still need goes after them."""
+    marks = tmp_path / "marks"
+    waits = f"trap 'sleep 0.2; echo %s >> {marks}; exit' TERM; echo up; while :; do sleep 0.02; done"
+    deaf = "trap '' TERM; echo up; exec sleep 600"
+    supervisor = Supervisor(lambda text: None)
+    for name, order, script in (("last", 2, waits), ("first", 0, waits), ("deaf", 1, deaf)):
+        argv = ("sh", "-c", script.replace("%s", name))
+        log = tmp_path / f"{name}.log"
+        supervisor.add(PartSpec(name, argv, os.environ, log, tmp_path, order, stop_seconds=60))
+    assert until(lambda: all("up" in part.log_tail() for part in supervisor.parts), 10)
+    supervisor._on_signal(signal.SIGINT, None)
+    threading.Timer(0.6, supervisor._on_signal, [signal.SIGINT, None]).start()
+    began = time.monotonic()
+    supervisor._stop_in_order()
+    assert time.monotonic() - began < 20
+    assert marks.read_text().split() == ["first", "last"]
+    assert all(part.stopped() for part in supervisor.parts)
 
 
 def test_importing_the_supervisor_changes_nothing() -> None:

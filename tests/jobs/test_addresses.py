@@ -25,6 +25,7 @@ INNER = [
     "100.100.100.200",  # one cloud's metadata, in the carrier range
     "192.0.0.192",  # another's
     "192.0.2.1",
+    "192.88.99.1",  # 6to4's relays: whoever is nearest answers
     "198.18.0.1",
     "224.0.0.1",
     "240.0.0.1",
@@ -39,7 +40,9 @@ INNER = [
     "64:ff9b::a9fe:a9fe",
     "64:ff9b:1::1",
     "2001:0:4136:e378:8000:63bf:3fff:fdd2",
+    "2001:20::1",
     "2002:7f00:1::1",
+    "2002:808:808::1",
     "fc00::1",
     "fd00:ec2::254",
     "fe80::1",
@@ -61,7 +64,9 @@ def test_inner_addresses_are_refused_as_literal_and_as_answer(address: str) -> N
         check_callback_url("https://example.com/hook", allow_loopback=False, resolve=answers(address))
 
 
-@pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "2606:4700:4700::1111", "64:ff9b::808:808"])
+@pytest.mark.parametrize(
+    "address", ["8.8.8.8", "1.1.1.1", "2606:4700:4700::1111", "64:ff9b::808:808", "::ffff:8.8.8.8"]
+)
 def test_public_addresses_pass(address: str) -> None:
     literal = f"[{address}]" if ":" in address else address
     assert check_callback_url(f"https://{literal}/hook?x=1", allow_loopback=False) == [
@@ -107,12 +112,14 @@ def test_odd_spellings_of_addresses_are_refused(host: str) -> None:
         ("https://@example.com/", "credentials"),
         ("https://example.com:22/", "port 22"),
         ("https://example.com:80/", "port 80"),
+        ("https://example.com:8080/", "port 8080"),
         ("https://example.com:0/", "port 0"),
         ("https://example.com:99999/", "port"),
         ("https://example.com:abc/", "port"),
         ("https://example.com\\@10.0.0.1/", "backslashes"),
         ("https://exa mple.com/", "blanks"),
         ("https://example.com/\n", "blanks"),
+        ("https://example.com/\x7f", "blanks"),
         ("https://exämple.com/", "non-ASCII"),
         ("https://[fe80::1%25eth0]/", "zone"),
         ("https://[::1/", "can't be read"),
@@ -131,7 +138,28 @@ def test_ports_443_and_8443_and_a_trailing_dot_pass() -> None:
         assert check_callback_url(url, allow_loopback=False, resolve=answers("8.8.8.8"))
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9000/hook", "http://[::1]:9000/", "http://localhost:1/x"])
+@pytest.mark.parametrize(
+    "url", ["http://inner.example/", "https://inner.example:22/", "https://u@inner.example/"]
+)
+def test_nobody_is_asked_for_a_name_that_is_refused_anyway(url: str) -> None:
+    """Who sends the URL would learn which of our inner names exist, and have our resolver ask theirs."""
+
+    def asked(host: str, port: int) -> list[str]:
+        pytest.fail(f"{host} was looked up")
+
+    with pytest.raises(CallbackRefused):
+        check_callback_url(url, allow_loopback=False, resolve=asked)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:9000/hook",
+        "http://[::1]:9000/",
+        "http://[::ffff:127.0.0.1]:9000/",
+        "http://localhost:1/x",
+    ],
+)
 def test_loopback_needs_the_setting(url: str) -> None:
     assert check_callback_url(url, allow_loopback=True)
     with pytest.raises(CallbackRefused):
@@ -158,10 +186,10 @@ def test_a_name_without_address_is_told_apart() -> None:
 def test_hosts_that_the_operator_names_may_be_inside() -> None:
     """By name alone: the same address under another name, or as a literal, stays refused."""
     named = frozenset({"hooks.inside"})
-    resolve = answers("10.0.0.1")
+    resolve = answers("10.0.0.1", "10.0.0.2", "10.0.0.1")
     for url in ("http://hooks.inside:9000/x", "https://HOOKS.inside./x"):
         found = check_callback_url(url, allow_loopback=False, allowed_hosts=named, resolve=resolve)
-        assert [str(address) for address in found] == ["10.0.0.1"]
+        assert [str(address) for address in found] == ["10.0.0.1", "10.0.0.2"]
     for url in (
         "https://other.inside/", "https://hooks.inside.evil.example/", "https://10.0.0.1/",
         "https://x@hooks.inside/", "ftp://hooks.inside/",

@@ -6,7 +6,7 @@ import pytest
 
 from jobs.client import RedisClient
 from jobs.forecast import Forecast
-from jobs.job import Job
+from jobs.job import Job, Phase
 from jobs.nodes import NodeInfo, NodeRegistry
 from jobs.store import JobStore
 from jobs.timings import SHAPES_CAP, Timings, shape_of
@@ -120,3 +120,60 @@ def test_a_running_jobs_eta_before_its_first_step(store: JobStore, timings: Timi
     assert forecast(store).eta(told) == 3.0, "the node knows better"
     late = job.model_copy(update={"started_at": 1.0})
     assert forecast(store).eta(late) is None
+    publishing = job.model_copy(update={"phase": Phase.PUBLISHING})
+    assert forecast(store).eta(publishing) is None, "the GPUs are done with it"
+
+
+def test_nodes_that_will_not_take_it_count_for_nothing(
+    store: JobStore, redis: RedisClient, timings: Timings
+) -> None:
+    timings.learn(video_request(), SECONDS)
+    (job,) = submit(store, 1)
+    node(redis, "a")
+    assert start(store, job) is not None
+    NodeRegistry(redis).request_drain("a")
+    assert start(store, job) is None, "it was asked to drain, and hears of it in a second"
+    silent = NodeInfo(
+        id="b", model="tiny", state="idle", seen_at=time.time() - 3 * store.settings.lease_seconds
+    )
+    NodeRegistry(redis).register(silent)
+    NodeRegistry(redis)._write(silent)
+    assert start(store, job) is None, "nobody heard of it for so long that its leases have run out"
+
+
+def test_what_is_not_known_of_a_node_is_no_promise_and_no_obstacle(
+    store: JobStore, redis: RedisClient, timings: Timings
+) -> None:
+    first, second = submit(store, 2)
+    info = NodeInfo(id="a", model="tiny", state="busy", job_id="job_of_which_nothing_is_known")
+    NodeRegistry(redis).register(info)
+    assert start(store, first) is None
+    node(redis, "b")
+    assert start(store, first) == pytest.approx(time.time(), abs=2), "the idle one comes first"
+    assert start(store, second) is None
+    timings.learn(video_request(), SECONDS)
+    assert start(store, second) == pytest.approx(time.time() + 6, abs=2), "half-way through an average one"
+
+
+def test_an_overdue_node_is_believed(store: JobStore, redis: RedisClient, timings: Timings) -> None:
+    timings.learn(video_request(), SECONDS)
+    _, waiting = submit(store, 2)
+    running = store.claim("tiny", "a")
+    assert running is not None
+    for name, value in (("started_at", "1.0"), ("eta_seconds", "47.0")):
+        redis.execute_command("HSET", f"reel:job:{running.id}", name, value)
+    node(redis, "a", running)
+    assert start(store, waiting) == pytest.approx(time.time() + 47, abs=2)
+
+
+def test_a_look_serves_for_a_second_and_no_longer(
+    store: JobStore, redis: RedisClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job,) = submit(store, 1)
+    kept = forecast(store)
+    assert kept.start_at(job, 0) is None
+    node(redis, "a")
+    monkeypatch.setattr("jobs.forecast.FRESH_SECONDS", 60.0)
+    assert kept.start_at(job, 0) is None
+    monkeypatch.setattr("jobs.forecast.FRESH_SECONDS", 0.0)
+    assert kept.start_at(job, 0) is not None

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from botocore.stub import Stubber
 
-from jobs.errors import StorageUnavailable
+from jobs.errors import StorageRefused, StorageUnavailable
 from jobs.settings import Settings
 from jobs.storage import PART_BYTES, ObjectStore, artifact_key
 from tests.support.s3 import S3Server, s3_server
+from tests.worker.receiver import RawReceiver, Reply
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +149,40 @@ def test_an_unreachable_server_is_one_clear_error(tmp_path: Path) -> None:
     ):
         with pytest.raises(StorageUnavailable, match=r"could not .* at http://127.0.0.1:1"):
             call()
+
+
+@pytest.mark.parametrize(("region", "where"), [("us-east-1", None), ("eu-central-1", "eu-central-1")])
+def test_a_bucket_is_made_in_its_region(region: str, where: str | None) -> None:
+    """AWS wants it named, but for the first of its regions, where it refuses that."""
+    store = ObjectStore(Settings(s3_region=region, s3_access_key="a", s3_secret_key="b"))
+    wanted: dict[str, object] = {"Bucket": store.bucket}
+    if where:
+        wanted["CreateBucketConfiguration"] = {"LocationConstraint": where}
+    with Stubber(store._client) as aws:
+        aws.add_client_error("list_objects_v2", "NoSuchBucket", http_status_code=404)
+        aws.add_response("create_bucket", {}, wanted)
+        aws.add_response("put_bucket_cors", {})
+        store.ensure_bucket()
+        aws.assert_no_pending_responses()
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "refused"),
+    [("AccessDenied", 403, True), ("Forbidden", 403, True), ("NotImplemented", 501, True),
+     ("SlowDown", 503, False), ("InternalError", 500, False)],
+)  # fmt: skip
+def test_what_is_refused_is_told_from_what_may_pass(code: str, status: int, refused: bool) -> None:
+    store = ObjectStore(Settings(s3_access_key="a", s3_secret_key="b"))
+    with Stubber(store._client) as aws:
+        aws.add_client_error("put_object", code, http_status_code=status)
+        with pytest.raises(StorageUnavailable, match=code) as caught:
+            store.put_bytes("jobs/a/1/x", b"x", "text/plain")
+    assert isinstance(caught.value, StorageRefused) == refused
+
+
+def test_who_looks_again_itself_asks_once() -> None:
+    with RawReceiver(Reply(status=503)) as server:
+        nowhere = S3Server(f"http://127.0.0.1:{server.port}")
+        with pytest.raises(StorageUnavailable):
+            ObjectStore(settings(nowhere), quick=True).ready()
+        assert len(server.received) == 1

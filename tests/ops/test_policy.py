@@ -99,6 +99,23 @@ def test_nodes_stay_until_nobody_wanted_them_for_the_window() -> None:
     assert len(rest.drain) == 3
 
 
+def test_a_peak_of_one_node_more_counts_as_well() -> None:
+    before = decide(POLICY, seen(9, 3, fleet(4)), Memory())
+    less = decide(POLICY, seen(6, 3, fleet(4), now=1300), before.memory)
+    assert (less.target, less.drain) == (3, ())
+    assert len(decide(POLICY, seen(6, 3, fleet(4), now=1601), less.memory).drain) == 1
+
+
+def test_the_budget_is_for_this_scalers_own_machines() -> None:
+    """Another's are paid for by others, whatever they cost."""
+    policy = replace(POLICY, budget_per_hour=45)
+    decision = decide(policy, seen(100, 0, fleet(3, managed=False, price=99.0)), Memory())
+    assert (decision.target, decision.add) == (5, 2)
+    own = tuple(replace(machine, name=f"own-{machine.name}") for machine in fleet(3))
+    decision = decide(policy, seen(100, 0, (*own, *fleet(3, managed=False, price=99.0))), Memory())
+    assert (decision.target, len(decision.drain)) == (5, 1)
+
+
 def test_who_goes_first() -> None:
     machines = (
         Machine("busy", S.SERVING, busy=True, since=1, price=20),
@@ -135,6 +152,15 @@ def test_silence_is_borne_for_a_while() -> None:
     second = decide(POLICY, seen(1, 0, machines, now=1181), first.memory)
     assert second.remove == ("quiet",)
     assert second.add == 1
+    assert first.memory.served == ("quiet",), "forgotten, it would count as one that never came up"
+    assert decide(POLICY, seen(1, 0, ()), first.memory).memory.served == ()
+
+
+def test_a_drain_is_remembered_as_long_as_its_machine_is_there() -> None:
+    """It is asked again at every pass, and a removal may fail; what is gone must not be asked for ever."""
+    memory = Memory(drains=(("here", 1.0), ("gone", 1.0)))
+    later = decide(POLICY, seen(1, 0, (Machine("here", S.DRAINED),)), memory).memory
+    assert later.drains == (("here", 1.0),)
 
 
 def test_a_machine_that_never_serves_is_given_up_and_the_next_order_waits() -> None:

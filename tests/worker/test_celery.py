@@ -4,6 +4,7 @@ import base64
 import json
 import pickle
 import signal
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from threading import Event, Semaphore
 import pytest
 
 from jobs.client import connect
+from jobs.errors import StoreUnavailable
 from jobs.job import JobState, NewJob, WebhookEvent, new_id
 from jobs.keys import KeyStore
 from jobs.outbox import Outbox
@@ -23,10 +25,20 @@ from jobs.settings import Settings
 from jobs.store import JobStore
 from tests.support.jobs import result, video_request
 from tests.support.node import environment, until
+from tests.support.tls import self_signed
 from tests.worker.conftest import SECRET_KEY
 from tests.worker.receiver import RawReceiver, Reply
 from worker import celery_app
-from worker.celery_app import PREFIX, SENDERS, THREADS, VISIBILITY_SECONDS, broker_url, make_app, schedule
+from worker.celery_app import (
+    PREFIX,
+    SENDERS,
+    THREADS,
+    VISIBILITY_SECONDS,
+    bounded,
+    broker_url,
+    make_app,
+    schedule,
+)
 
 CODE = "from worker.serve import run_celery; from jobs.settings import get_settings; "
 
@@ -182,6 +194,19 @@ def test_one_clean_and_one_sweep_at_a_time(
         app.close()
 
 
+def test_a_task_that_fails_makes_room_for_the_next() -> None:
+    """Redis away for one sweep must not be the end of all of them."""
+    one = Semaphore(1)
+
+    def away() -> int:
+        raise StoreUnavailable("Redis cannot be reached")
+
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable):
+            bounded(one, away)
+    assert bounded(one, lambda: 7) == 7
+
+
 def test_a_clock_that_is_minutes_off_stops_nothing(settings: Settings) -> None:
     """Beat's clock writes when a message expires, and the worker's reads it."""
     redis, app = connect(settings), make_app(settings)
@@ -209,6 +234,26 @@ def test_settings_that_matter(settings: Settings) -> None:
     for options in (app.conf.broker_transport_options, app.conf.result_backend_transport_options, app.conf):
         assert options["visibility_timeout"] == VISIBILITY_SECONDS
     app.close()
+
+
+def test_a_broker_by_tls_has_to_prove_who_it_is(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a certificate that somebody vouches for, and that names the host of the URL."""
+    certificate = self_signed("other.example", tmp_path / "cert.pem")
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate)
+    for retries in ("redis.retry", "kombu.utils.functional"):
+        monkeypatch.setattr(f"{retries}.sleep", lambda seconds: None)
+    with RawReceiver(tls=tls) as impostor:
+        url = f"rediss://localhost:{impostor.port}/0"
+        app = make_app(settings.model_copy(update={"redis_url": url}))
+        for why in ("self-signed", "Hostname mismatch"):
+            with pytest.raises(Exception, match=f"CERTIFICATE_VERIFY_FAILED.*{why}"):
+                app.connection_for_write(connect_timeout=5).channel()
+            monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        app.close()
+    assert impostor.received == []
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,70 @@ def test_each_clouds_notice(cloud: Cloud, metadata: HTTPServer) -> None:
     assert called.wait(5)
 
 
+class Sessions(Metadata):
+    """AWS's, which remembers one session at a time; `server.valid` says which, 0 none."""
+
+    def do_PUT(self) -> None:
+        self.server.opened += 1  # type: ignore[attr-defined]
+        self.server.valid = self.server.opened  # type: ignore[attr-defined]
+        self.answer(200, f"session {self.server.valid}")  # type: ignore[attr-defined]
+
+    def do_GET(self) -> None:
+        known = self.headers["X-aws-ec2-metadata-token"] == f"session {self.server.valid}"  # type: ignore[attr-defined]
+        self.answer(404 if known else 401, "")
+
+
+def test_a_session_is_kept_renewed_before_its_end_and_replaced_when_it_is_void(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """AWS of a 401: "an invalid token. The recommended action is to generate a new token"."""
+    now = 1000.0
+    monkeypatch.setattr(worker.notice.time, "monotonic", lambda: now)
+    server = HTTPServer(("127.0.0.1", 0), Sessions)
+    server.opened = server.valid = 0  # type: ignore[attr-defined]
+    with serving(server):
+        notice = Notice("aws", f"http://127.0.0.1:{server.server_port}")
+        assert not notice.given()
+        assert not notice.given()
+        assert server.opened == 1  # type: ignore[attr-defined]
+        now += worker.notice.TOKEN_SECONDS - 1
+        assert not notice.given()
+        assert server.opened == 2  # type: ignore[attr-defined]
+        server.valid = 0  # type: ignore[attr-defined]
+        with pytest.raises(OSError, match="401"):
+            notice.given()
+        assert not notice.given()
+        assert server.opened == 3  # type: ignore[attr-defined]
+
+
+def test_a_service_in_trouble_is_no_all_clear() -> None:
+    """Only 404 says that there is no notice, and a machine without a name knows none of its events."""
+
+    class Trouble(Metadata):
+        def do_GET(self) -> None:
+            if "compute/name" in self.path:
+                return self.answer(200, "")
+            if "scheduledevents" in self.path:
+                return self.answer(200, json.dumps({"Events": [{"EventType": "Preempt", "Resources": [""]}]}))
+            return self.answer(500, "")
+
+    with serving(HTTPServer(("127.0.0.1", 0), Trouble)) as server:
+        url = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(OSError, match="500"):
+            Notice("aws", url).given()
+        with pytest.raises(ValueError, match="no name"):
+            Notice("azure", url).given()
+
+
+def test_a_proxy_is_not_asked(metadata: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own metadata service would answer, if any did."""
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert not Notice("gcp", f"http://127.0.0.1:{metadata.server_port}").given()
+
+
 def test_a_service_that_is_not_there_is_no_notice(caplog: pytest.LogCaptureFixture) -> None:
     notice = Notice("gcp", "http://127.0.0.1:1")
     with pytest.raises(OSError):
@@ -87,9 +151,13 @@ def test_a_service_that_is_not_there_is_no_notice(caplog: pytest.LogCaptureFixtu
 def test_nonsense_does_not_end_the_watch(
     reply: bytes, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half an answer, or none of HTTP's: it may be a proxy that starts, and the next answer counts."""
+    """Half an answer, or none of HTTP's: it may be a proxy that starts, and the next answer counts.
+
+    Each outage is said once.
+    """
     monkeypatch.setattr(worker.notice, "POLL_SECONDS", 0.01)
-    replies = [reply, reply, b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nTRUE"]
+    no, yes = (b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(w), w) for w in (b"FALSE", b"TRUE"))
+    replies = [reply, reply, no, reply, yes]
 
     class Talks(BaseRequestHandler):
         def handle(self) -> None:
@@ -101,7 +169,7 @@ def test_nonsense_does_not_end_the_watch(
         Notice("gcp", f"http://127.0.0.1:{server.server_address[1]}").watch(called.set)
         assert called.wait(5)
     assert replies == []
-    assert caplog.text.count("does not answer") == 1
+    assert caplog.text.count("does not answer") == 2
 
 
 @pytest.mark.parametrize(

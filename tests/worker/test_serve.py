@@ -1,6 +1,8 @@
 """What an operator sees when a node or Celery can't start: one line and exit code 1."""
 
 import logging
+import shutil
+import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 from jobs.settings import Settings
 from worker import celery_app
 from worker import serve as serve_module
-from worker.serve import prepare_bucket, run_celery, run_node
+from worker.serve import make_plan, prepare_bucket, run_celery, run_node
 
 
 @pytest.fixture(autouse=True)
@@ -85,3 +87,24 @@ def test_celery_makes_the_bucket_of_an_s3_that_came_late(
     assert next(looks, "used up") == "used up"
     assert "looking on: S3 is away" in caplog.text
     assert "the bucket is there now" in caplog.text
+
+
+def test_a_node_is_told_no_secret_key_and_finds_its_work_again(settings: Settings, tmp_path: Path) -> None:
+    """Nodes neither check keys nor sign; and what a node of the same name finished waits in its folder."""
+    assert settings.secret_key is not None
+    named = settings.model_copy(update={"node_id": "n1", "node_ranks": 1})
+    first, again, other = (
+        make_plan(one, tmp_path, None)
+        for one in (named, named, settings.model_copy(update={"node_ranks": 1}))
+    )
+    try:
+        assert [plan.settings.secret_key for plan in (first, other)] == [None, None]
+        assert first.node_id == first.settings.node_id == "n1"
+        assert first.work_dir == again.work_dir == settings.data_dir / "work" / "n1"
+        assert other.node_id not in ("", "n1")
+        assert other.node_id == other.settings.node_id == other.work_dir.name
+        assert first.run_dir != again.run_dir
+        assert stat.S_ISFIFO(first.log_pipe.stat().st_mode)
+    finally:
+        for plan in (first, again, other):
+            shutil.rmtree(plan.run_dir)
