@@ -251,7 +251,8 @@ class StepCache:
 def modulated_input(expert: DiT, latents_BCFHW: Tensor, timesteps_BS: Tensor) -> Tensor:
     """[1, tokens, D] fp32: embedded patches, normed and modulated by the timestep alone.
 
-    At least PROBED tokens and fewer than twice as many; all, where there are not so many. A block's own modulation vectors are constants and may not be on the device, so they are left out.
+    At least PROBED tokens and fewer than twice as many; all, where there are not so many. A block's own
+    modulation vectors are constants and may not be on the device, so they are left out.
     """
     patches_BLP = expert.patchify(latents_BCFHW)
     every = max(1, patches_BLP.shape[1] // PROBED)
