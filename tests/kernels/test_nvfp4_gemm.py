@@ -176,7 +176,7 @@ def test_linear_is_the_product_of_what_was_quantised(
     assert relative_error(got, exact) <= relative_error(F.linear(x4.float(), w4.float(), added), exact) + 1e-7
     assert torch.equal(nvfp4_gemm.linear(x4, w4, added, torch.bfloat16), got.bfloat16())
     plain = F.linear(x.double(), weight.double(), None if added is None else added.double())
-    assert 0.01 < relative_error(got, plain) < 1.5 * ROUNDING
+    assert 0.01 < relative_error(got, plain) < 2 * ROUNDING
 
 
 def test_products_are_exact_in_fp32(device: torch.device):
