@@ -6,10 +6,11 @@ import pytest
 from infra import client
 from infra.errors import CliError
 from infra.ports import PortBlock
+from tests.support.clock import set_clock
 
 
 def test_a_job_that_nobody_takes_is_refused_with_the_last_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
+    set_clock(monkeypatch, client, sleep=lambda seconds: None)
     block = PortBlock.claim()
     try:
         nobody = client.ReelClient(f"http://127.0.0.1:{block.ports[0]}", "key")
@@ -21,7 +22,7 @@ def test_a_job_that_nobody_takes_is_refused_with_the_last_reason(monkeypatch: py
 
 def test_a_repeat_is_the_same_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """A job that was taken though its answer was lost must not be made twice; a refusal is not repeated."""
-    monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
+    set_clock(monkeypatch, client, sleep=lambda seconds: None)
     answers = iter([(503, {"detail": "away"}), (502, {"detail": "odd"}), (503, {}), (202, {"id": "job_x"})])
     keys: list[str] = []
 

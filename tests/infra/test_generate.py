@@ -13,6 +13,7 @@ from infra.cli import invoke
 from infra.client import ReelClient
 from infra.commands.fields import parse_loras
 from infra.errors import CliError
+from tests.support.clock import set_clock
 
 FILE = "https://files.example/video.mp4"
 
@@ -56,7 +57,7 @@ def api(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Api]:
     with httpx.Client(base_url="http://api.example", transport=transport) as http:
         monkeypatch.setattr(client.httpx, "Client", lambda **_: http)
         monkeypatch.setattr(client.httpx, "stream", lambda method, url, **_: http.stream(method, url))
-        monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
+        set_clock(monkeypatch, client, sleep=lambda seconds: None)
         monkeypatch.setenv("REEL_API_KEY", "rk_x")
         monkeypatch.setenv("REEL_API_URL", "http://api.example")
         monkeypatch.chdir(tmp_path)

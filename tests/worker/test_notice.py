@@ -9,6 +9,7 @@ from socketserver import BaseRequestHandler, TCPServer
 import pytest
 
 import worker.notice
+from tests.support.clock import set_clock
 from tests.support.serving import serving
 from worker.notice import Cloud, Notice
 
@@ -89,7 +90,7 @@ def test_a_session_is_kept_renewed_before_its_end_and_replaced_when_it_is_void(
 ) -> None:
     """AWS of a 401: "an invalid token. The recommended action is to generate a new token"."""
     now = 1000.0
-    monkeypatch.setattr(worker.notice.time, "monotonic", lambda: now)
+    set_clock(monkeypatch, worker.notice, monotonic=lambda: now)
     server = HTTPServer(("127.0.0.1", 0), Sessions)
     server.opened = server.valid = 0  # type: ignore[attr-defined]
     with serving(server):

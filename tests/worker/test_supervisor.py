@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from jobs.settings import Settings
+from tests.support.clock import set_clock
 from worker import supervisor as module
 from worker.plan import NodePlan
 from worker.supervisor import (
@@ -40,7 +41,7 @@ class Rehearsed(Supervisor):
         super().__init__(plan)
         self.ends, self.now, self.waits, self.swept = list(ends), 0.0, list[float](), 0
         monkeypatch.setattr(module, "kill_descendants", self._sweep)
-        monkeypatch.setattr(module.time, "monotonic", lambda: self.now)
+        set_clock(monkeypatch, module, monotonic=lambda: self.now)
         monkeypatch.setattr(self._wake, "wait", self.waits.append)
 
     def _sweep(self) -> None:
