@@ -14,6 +14,7 @@ from jobs.client import RedisClient, guard, require_text
 from jobs.job import DEFAULT_WEBHOOK_EVENTS, WebhookEvent, new_id
 from jobs.scripts import PREFIX, Scripts
 from jobs.settings import Settings
+from jobs.stored import with_fields
 from jobs.vault import OVERLAP_SECONDS, Sealed, Vault, new_webhook_secret
 
 SECRETS = f"{PREFIX}apikeys:endpoints"  # hash: endpoint id to its sealed secrets
@@ -63,9 +64,7 @@ class EndpointStore:
     def change(self, key_id: str, endpoint_id: str, **fields: Any) -> Endpoint | None:
         """Change these of an endpoint's fields, whatever else changes at once; None when it is gone."""
         while (old := self.text(key_id, endpoint_id)) is not None:
-            changed = Endpoint.model_validate_json(old).model_copy(update=fields)
-            # Into what is stored, not instead of it: another release's record may have more fields.
-            new = json.dumps({**json.loads(old), **changed.model_dump(mode="json", include=set(fields))})
+            changed, new = with_fields(Endpoint.model_validate_json(old), old, fields)
             said = self._scripts.run("endpoint_change", key_id, endpoint_id, old, new, durable=True)
             if said != "differs":
                 return changed if said == "done" else None

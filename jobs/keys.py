@@ -2,7 +2,6 @@
 
 import hashlib
 import hmac
-import json
 import secrets
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from pydantic import BaseModel, Field, SecretStr
 from jobs.client import RedisClient, guard, require_text
 from jobs.job import new_id
 from jobs.scripts import PREFIX, source
+from jobs.stored import with_fields
 from jobs.vault import OVERLAP_SECONDS, Sealed, Vault, new_webhook_secret
 
 RECORDS = f"{PREFIX}apikeys"  # hash: key id to record
@@ -176,10 +176,7 @@ class KeyStore:
         overlap = "" if overlap_seconds is None else overlap_seconds
         while (old := self._text(key_id)) is not None:
             record = _Record.model_validate_json(old)
-            fields = change(record)
-            changed = record.model_copy(update=fields)
-            # Into what is stored, not instead of it: another release's record may have more fields.
-            new = json.dumps({**json.loads(old), **changed.model_dump(mode="json", include=set(fields))})
+            changed, new = with_fields(record, old, change(record))
             with guard():
                 said = self.redis.execute_command("EVAL", _CHANGE, 0, "{}", key_id, old, new, overlap)
             if said == "done":

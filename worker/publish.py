@@ -79,10 +79,10 @@ class Publisher:
         with Lease(store, job, Phase.PUBLISHING, PUBLISHING_PROGRESS) as lease:
             try:
                 facts = self._facts(finished)
-                if facts is None and self._drain.overdue >= 0:
-                    self._spool.discard(finished.folder)
-                    raise Stopped  # the drain ended the rank that wrote it
                 if facts is None:
+                    if self._drain.overdue >= 0:  # it ended the rank that wrote the video
+                        self._spool.discard(finished.folder)
+                        raise Stopped
                     self._give_up(finished, "the rank that wrote the video died")
                     return
                 result = self._upload(job, finished.folder, facts, lease)
