@@ -12,7 +12,7 @@ from api.sanitize import CleanImage, ImageRefusedError, TooManyFetches, clean_im
 from api.schemas import UploadOut
 from api.services import Services
 from jobs.errors import FieldProblem
-from jobs.job import new_id
+from jobs.ids import new_id
 from jobs.keys import ApiKey
 
 UPLOAD_ID = re.compile(r"img_[0-9a-z]{25}\Z")

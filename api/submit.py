@@ -15,7 +15,8 @@ from api.problem import FORBIDDEN, NO_MODEL, ProblemError, shorten
 from api.services import Services, live_seconds
 from jobs.addresses import Address, CallbackRefused, check_callback_url
 from jobs.errors import FieldProblem, InvalidRequest
-from jobs.job import Job, ModelCard, NewJob, Priority, VideoRequest, new_id
+from jobs.ids import new_id
+from jobs.job import Job, ModelCard, NewJob, Priority, VideoRequest
 from jobs.keys import ApiKey, Scope
 from jobs.quality import listed
 from jobs.requests import parse_and_resolve

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from engine.tiny import make_tiny
 from jobs.client import connect
-from jobs.job import NewJob, new_id
+from jobs.ids import new_id
+from jobs.job import NewJob
 from jobs.nodes import NodeRegistry
 from jobs.settings import Settings
 from jobs.store import JobStore

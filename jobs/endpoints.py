@@ -11,7 +11,8 @@ from typing import Any
 from pydantic import BaseModel, SecretStr
 
 from jobs.client import RedisClient, guard, require_text
-from jobs.job import DEFAULT_WEBHOOK_EVENTS, WebhookEvent, new_id
+from jobs.ids import new_id
+from jobs.job import DEFAULT_WEBHOOK_EVENTS, WebhookEvent
 from jobs.scripts import PREFIX, Scripts
 from jobs.settings import Settings
 from jobs.stored import with_fields

@@ -3,8 +3,6 @@
 Imports nothing of ours but `quality`. The Lua scripts enforce the same table (a test compares the two).
 """
 
-import secrets
-import time
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Literal
@@ -232,17 +230,6 @@ class ModelCard(BaseModel):
     schema_: int = Field(SCHEMA, alias="schema")
 
     model_config = ConfigDict(populate_by_name=True)
-
-
-def new_id(prefix: str) -> str:
-    """A sortable random id, such as ``job_0ljv4k1x3c…``: 44 bits of milliseconds, then 80 random bits."""
-    value = (int(time.time() * 1000) << 80) | secrets.randbits(80)
-    digits = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford base 32, lower case
-    text = ""
-    for _ in range(25):
-        value, digit = divmod(value, 32)
-        text = digits[digit] + text
-    return f"{prefix}_{text}"
 
 
 def jsonable(model: BaseModel) -> dict[str, Any]:

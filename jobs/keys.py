@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, Field, SecretStr
 
 from jobs.client import RedisClient, guard, require_text
-from jobs.job import new_id
+from jobs.ids import new_id
 from jobs.scripts import PREFIX, source
 from jobs.stored import with_fields
 from jobs.vault import OVERLAP_SECONDS, Sealed, Vault, new_webhook_secret

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from jobs.client import RedisClient, guard
 from jobs.endpoints import Endpoint
-from jobs.job import new_id
+from jobs.ids import new_id
 from jobs.records import pairs
 from jobs.scripts import PREFIX, Scripts
 from jobs.settings import Settings

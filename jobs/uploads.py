@@ -1,7 +1,7 @@
 """Which input images are stored, and until when: the sweeper removes what nobody needs any more."""
 
 from jobs.client import RedisClient, guard, redis_now
-from jobs.job import new_id
+from jobs.ids import new_id
 from jobs.scripts import PREFIX, Scripts
 from jobs.settings import Settings
 

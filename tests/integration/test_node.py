@@ -21,7 +21,8 @@ import pytest
 from engine.tiny import make_tiny
 from engine.video import decode_video
 from jobs.client import connect
-from jobs.job import FailureClass, Job, JobState, NewJob, new_id
+from jobs.ids import new_id
+from jobs.job import FailureClass, Job, JobState, NewJob
 from jobs.nodes import NodeRegistry
 from jobs.settings import Settings
 from jobs.storage import ObjectStore

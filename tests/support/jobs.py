@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from jobs.job import ModelCard, NewJob, VideoRequest, VideoResult, new_id
+from jobs.ids import new_id
+from jobs.job import ModelCard, NewJob, VideoRequest, VideoResult
 
 
 def card(**changes: Any) -> ModelCard:

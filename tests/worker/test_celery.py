@@ -18,7 +18,8 @@ import pytest
 
 from jobs.client import connect
 from jobs.errors import StoreUnavailable
-from jobs.job import JobState, NewJob, WebhookEvent, new_id
+from jobs.ids import new_id
+from jobs.job import JobState, NewJob, WebhookEvent
 from jobs.keys import KeyStore
 from jobs.outbox import Outbox
 from jobs.settings import Settings

@@ -10,7 +10,8 @@ import svix
 from jobs.client import connect, redis_now
 from jobs.endpoints import EndpointStore
 from jobs.errors import StoreUnavailable
-from jobs.job import JobError, JobState, NewJob, WebhookEvent, new_id
+from jobs.ids import new_id
+from jobs.job import JobError, JobState, NewJob, WebhookEvent
 from jobs.keys import KeyStore
 from jobs.outbox import Delivery, Outbox
 from jobs.settings import Settings
