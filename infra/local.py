@@ -250,10 +250,7 @@ def running(config: LocalConfig, say: Say) -> Iterator[LocalStack]:
     The process forks here, and the block runs in the child (see `infra.reaper.guard`). Raises CliError (a
     part that cannot start, a data dir in use) or Interrupted (SIGINT, SIGTERM, SIGHUP).
     """
-    if config.nodes < 1:
-        raise CliError(f"--nodes: got {config.nodes}, expected 1 or more")
-    if config.model is not None:
-        given_model(config.model)  # before anything is started
+    _check(config)  # before anything is started
     lock = lock_data_dir(config.data_dir)
     try:
         guard()
@@ -272,6 +269,17 @@ def running(config: LocalConfig, say: Say) -> Iterator[LocalStack]:
             ports.release()
     finally:
         os.close(lock)
+
+
+def _check(config: LocalConfig) -> None:
+    cards, nodes = len(gpus()), config.nodes
+    expected = (
+        f"1 to {cards}: each node needs a GPU of its own, and {cards} {'is' if cards == 1 else 'are'} visible"
+    )
+    if nodes < 1 or 0 < cards < nodes:
+        raise CliError(f"--nodes: got {nodes}, expected {expected if cards else '1 or more'}")
+    if config.model is not None:
+        given_model(config.model)
 
 
 def _choose_api_port(wanted: int | None, spare: int) -> int:

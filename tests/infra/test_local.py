@@ -88,6 +88,23 @@ def test_nodes_share_the_cards_and_give_back_what_runs(parts: dict[str, PartSpec
     assert first.stop_signal == second.stop_signal == signal.SIGINT
 
 
+def test_more_nodes_than_cards_are_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node without a card would have found that out after the stores and the first node had started."""
+    folder = tmp_path / "data"
+    for cards, nodes, expected in (
+        (["0"], 2, "got 2, expected 1 to 1: each node needs a GPU of its own, and 1 is visible"),
+        (["4", "6"], 3, "got 3, expected 1 to 2: each node needs a GPU of its own, and 2 are visible"),
+        (["0"], 0, "got 0, expected 1 to 1: each node needs"),
+        ([], 0, "got 0, expected 1 or more"),
+        ([], -1, "got -1, expected 1 or more"),
+    ):
+        monkeypatch.setattr(local, "gpus", lambda cards=cards: cards)
+        config = LocalConfig(folder, nodes=nodes)
+        with pytest.raises(CliError, match=f"--nodes: {expected}"), local.running(config, print):
+            pytest.fail("it started")
+        assert not folder.exists()
+
+
 def test_what_talks_to_other_parts_stops_before_them(parts: dict[str, PartSpec]) -> None:
     """The API and nodes first: webhooks of their last events still find a sender, and that its receiver."""
     order = {name: part.stop_order for name, part in parts.items()}
