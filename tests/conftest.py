@@ -3,8 +3,12 @@
 import os
 import random
 import signal
+import socket
+import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
@@ -16,12 +20,37 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 for _name in list(os.environ):
-    if (_name.startswith("REEL_") and not _name.startswith("REEL_TEST_")) or _name.lower() in (
+    if (_name.startswith(("REEL_", "AWS_")) and not _name.startswith("REEL_TEST_")) or _name.lower() in (
         "http_proxy",
         "https_proxy",
         "all_proxy",
     ):
         del os.environ[_name]
+# An S3 client without keys would ask the cloud's metadata service for some, where there may be no cloud.
+os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+
+_strayed: list[str] = []
+
+
+def _stay_on_loopback(event: str, args: tuple[Any, ...]) -> None:
+    if event != "socket.connect" or args[0].type != socket.SOCK_STREAM or not isinstance(args[1], tuple):
+        return
+    host = str(args[1][0])
+    if host not in ("localhost", "::1") and not host.startswith("127."):
+        _strayed.append(f"{host}:{args[1][1]}")
+        raise ConnectionRefusedError(f"a test connects to {host}; tests stay on loopback")
+
+
+sys.addaudithook(_stay_on_loopback)
+
+
+@pytest.fixture(autouse=True)
+def loopback_alone() -> Iterator[None]:
+    """No test of this process connects to another machine; one that catches the refusal fails as well."""
+    yield
+    strayed, _strayed[:] = _strayed[:], []
+    assert strayed == []
+
 
 # `make test &`: a shell lets background jobs ignore Ctrl-C, and what the tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -302,7 +302,7 @@ def test_the_process_knows_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "LANG" in seen
 
 
-@pytest.mark.parametrize("reply", [Reply(delay=5.0), Reply(drip=0.05)], ids=["silent", "dripping"])
+@pytest.mark.parametrize("reply", [Reply(delay=30.0), Reply(drip=0.05)], ids=["silent", "dripping"])
 def test_a_server_that_takes_for_ever_is_given_up(reply: Reply) -> None:
     code = "import sys, api.image_fetch as m; m.SECONDS = 0.5; sys.exit(m.main())"
     with RawReceiver(reply) as slow:
@@ -312,6 +312,6 @@ def test_a_server_that_takes_for_ever_is_given_up(reply: Reply) -> None:
             [sys.executable, "-I", "-c", code], input=json.dumps(order | {"allow_loopback": True}),
             capture_output=True, text=True, timeout=30, check=False,
         )  # fmt: skip
-        assert time.monotonic() - began < 4.5
+        assert time.monotonic() - began < 15
     assert (done.returncode, done.stdout) == (2, "")
     assert "did not arrive within 0.5 s" in done.stderr or "cannot be fetched (TimeoutError)" in done.stderr

@@ -70,7 +70,7 @@ def test_it_installs_torch_first_and_then_nothing_twice(project: Path) -> None:
     began = time.monotonic()
     again = setup(project, **env)
     assert (again.returncode, again.stderr) == (0, "")
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 5
     assert not notes.exists()
 
     with (project / "constraints.txt").open("a") as file:

@@ -70,12 +70,12 @@ class RawReceiver:
     def _answer(self, connection: socket.socket) -> None:
         data = b""
         while b"\r\n\r\n" not in data:
-            data += connection.recv(65_536)
+            data += _some(connection)
         head, _, body = data.partition(b"\r\n\r\n")
         line, *lines = head.decode().split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (one.partition(":") for one in lines)}
         while len(body) < int(headers.get("content-length", "0")):
-            body += connection.recv(65_536)
+            body += _some(connection)
         reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
         self.received.append(Received(line, headers, body))
         time.sleep(reply.delay)
@@ -85,3 +85,11 @@ class RawReceiver:
             connection.sendall(b"x")
             time.sleep(reply.drip)
         connection.sendall(f"content-length: 0\r\n{fields}\r\n".encode())
+
+
+def _some(connection: socket.socket) -> bytes:
+    """Bytes that came. Raises ConnectionError once there will be none: nobody shall ask again and again."""
+    data = connection.recv(65_536)
+    if not data:
+        raise ConnectionError("the client left")
+    return data

@@ -94,7 +94,7 @@ def test_a_slow_storage_is_left_in_time_with_both_kinds_begun(
     storage = Storage(seconds=0.05)
     began = time.monotonic()
     removed = bench.remove(storage)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 5, "all would take 10 s"
     assert 2 <= removed < BATCH
     kinds: list[Callable[[str], bool]] = [lambda key: key[:4] == "jobs", lambda key: key[:7] == "uploads"]
     assert all(any(map(kind, storage.asked)) for kind in kinds)
