@@ -32,20 +32,30 @@ os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 _strayed: list[str] = []
 
 
-def _stay_on_loopback(event: str, args: tuple[Any, ...]) -> None:
+def _stay_here(event: str, args: tuple[Any, ...]) -> None:
     if event != "socket.connect" or args[0].type != socket.SOCK_STREAM or not isinstance(args[1], tuple):
         return
-    host = str(args[1][0])
-    if host not in ("localhost", "::1") and not host.startswith("127."):
-        _strayed.append(f"{host}:{args[1][1]}")
-        raise ConnectionRefusedError(f"a test connects to {host}; tests stay on loopback")
+    host, port = args[1][:2]
+    if host == "localhost" or _is_ours(host, args[0].family):
+        return
+    _strayed.append(f"{host}:{port}")
+    raise ConnectionRefusedError(f"a test connects to {host}; tests stay on this machine")
 
 
-sys.addaudithook(_stay_on_loopback)
+def _is_ours(host: str, family: int) -> bool:
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError:
+            return False
+    return True
+
+
+sys.addaudithook(_stay_here)
 
 
 @pytest.fixture(autouse=True)
-def loopback_alone() -> Iterator[None]:
+def no_other_machine() -> Iterator[None]:
     """No test of this process connects to another machine; one that catches the refusal fails as well."""
     yield
     strayed, _strayed[:] = _strayed[:], []

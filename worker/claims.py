@@ -63,20 +63,21 @@ class ClaimLoop:
 
     def claim(self) -> Job | None:
         """The next job, or None after a short sleep that a submission interrupts (unless the node rests)."""
-        if rest := self.publisher.rest.left:
-            self._last_end = None
-            time.sleep(min(rest, self.store.settings.poll_seconds))
-            return None
+        seconds = self.store.settings.poll_seconds
         try:
-            job = self.store.claim(self.model, self.node_id)
-            if job is None:
-                self._last_end = None
-                self.store.wait_wake(self.model, self.store.settings.poll_seconds)
-            return job
+            with self.publisher.rest.claiming() as rest:
+                job = None if rest else self.store.claim(self.model, self.node_id)
+            if job is not None:
+                return job
+            self._last_end = None
+            if rest:
+                time.sleep(min(rest, seconds))
+            else:
+                self.store.wait_wake(self.model, seconds)
         except StoreUnavailable as error:
             log.warning("cannot claim: %s", error)
-            time.sleep(self.store.settings.poll_seconds)
-            return None
+            time.sleep(seconds)
+        return None
 
     def work(self, job: Job) -> None:
         """One attempt, from its claim until the publisher has it or the store knows why not."""

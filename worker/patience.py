@@ -4,6 +4,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from worker.drain import Drain
 from worker.lease import Lease
@@ -47,13 +48,17 @@ class Rest:
     """
 
     def __init__(self) -> None:
+        self._claiming = threading.Lock()
         self._lock = threading.Lock()
         self._next = FIRST_REST
         self._until = float("-inf")  # monotonic
 
     def failed(self) -> float:
-        """An attempt failed on this node's side, outside the ranks; how many seconds nothing is claimed."""
-        with self._lock:
+        """An attempt failed on this node's side, outside the ranks; how many seconds nothing is claimed.
+
+        Waits for the end of a claim under way: what the caller frees next is not for that one.
+        """
+        with self._claiming, self._lock:
             seconds, self._next = self._next, min(self._next * 2, LONGEST_REST)
             self._until = time.monotonic() + seconds
         return seconds
@@ -62,6 +67,12 @@ class Rest:
         """A video was published: whatever was wrong is over."""
         with self._lock:
             self._next, self._until = FIRST_REST, float("-inf")
+
+    @contextmanager
+    def claiming(self) -> Iterator[float]:
+        """What is `left`. If that is 0 it stays so until the block, a claim, ends."""
+        with self._claiming:
+            yield self.left
 
     @property
     def left(self) -> float:

@@ -204,6 +204,28 @@ def test_a_bad_spool_folder_costs_one_attempt_and_goes(bench: Bench) -> None:
     assert not folder.exists()
 
 
+def test_a_claim_under_way_does_not_get_what_the_publisher_gives_up(bench: Bench) -> None:
+    """It had asked for the rest before the failure, and took the job again at once."""
+    job = bench.claimed(image=False)
+    begin = bench.store.claim
+    failing = threading.Thread(
+        target=bench.publisher._give_up, args=(Finished(job, bench.spool.folder(job)), "no video")
+    )
+
+    def slow(model: str, node_id: str) -> Job | None:
+        failing.start()
+        failing.join(0.5)
+        return begin(model, node_id)
+
+    bench.store.claim = slow  # type: ignore[method-assign]
+    assert bench.loop.claim() is None
+    failing.join(5)
+    assert bench.store.get(job.id).state is JobState.QUEUED
+    bench.store.claim = begin  # type: ignore[method-assign]
+    assert 0 < bench.publisher.rest.left <= 1
+    assert bench.loop.claim() is None, "the node rests"
+
+
 def test_rests_grow_and_a_success_ends_them() -> None:
     rest = Rest()
     assert rest.left == 0
