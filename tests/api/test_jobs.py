@@ -195,14 +195,14 @@ def test_video_and_poster(client: httpx.Client, store: JobStore, settings: Setti
 def test_an_address_opens_one_file_for_a_short_time(
     settings: Settings, client: httpx.Client, client_for: Callable[..., httpx.Client], store: JobStore
 ) -> None:
-    with serve(settings.model_copy(update={"presign_seconds": 1})) as short:
+    with serve(settings.model_copy(update={"presign_seconds": 3})) as short:
         brief = client_for(url=short.url)
         job_id = str(submit(brief)["id"])
         finish(store, settings)
         told = brief.get(f"/v1/jobs/{job_id}/video", headers={"Accept": "application/json"}).json()
         assert httpx.get(told["url"]).status_code == 200
         assert httpx.get(told["url"].replace("video.mp4", "poster.jpg")).status_code == 403
-        time.sleep(2.1)
+        time.sleep(4.1)
         assert httpx.get(told["url"]).status_code == 403
     submit(client)
     job = finish(store, settings)
