@@ -103,11 +103,11 @@ def test_a_claim_whose_reply_was_lost_finds_its_job_again(store: JobStore) -> No
 
 
 def test_a_live_lease_is_not_taken_over(make_store: MakeStore) -> None:
-    store = make_store(lease_seconds=0.3)
+    store = make_store(lease_seconds=0.5)
     store.submit(new_job())
     job = claimed(store)
     for step in range(5):
-        time.sleep(0.1)
+        time.sleep(0.15)
         assert store.claim("tiny", "thief") is None
         assert store.sweep().total == 0
         store.heartbeat(job.id, job.token, phase="denoising", step=step, progress=step / 5)

@@ -80,9 +80,9 @@ def test_priorities_are_strict(store: JobStore) -> None:
 
 
 def test_a_waiting_job_rises_one_level_at_a_time(make_store: MakeStore) -> None:
-    store = make_store(aging_seconds=0.3)
+    store = make_store(aging_seconds=0.6)
     old = submit(store, "old", P.LOW)
-    time.sleep(0.35)  # as good as normal now
+    time.sleep(0.65)  # as good as normal now
     high = submit(store, "x", P.HIGH)
     normal = [submit(store, "y", P.NORMAL) for _ in range(2)]
     order = [job.id for job in drain(store)]
@@ -107,10 +107,10 @@ def test_a_low_job_is_not_starved_by_a_stream_of_high_ones(make_store: MakeStore
 
 
 def test_a_sweep_also_lifts_lanes(make_store: MakeStore) -> None:
-    store = make_store(aging_seconds=0.05)
+    store = make_store(aging_seconds=0.3)
     low, normal = submit(store, "a", P.LOW), submit(store, "b", P.NORMAL)
     assert store.position(low.id) == 1
-    time.sleep(0.11)
+    time.sleep(0.65)
     high = [submit(store, "z", P.HIGH) for _ in range(2)]
     store.sweep()
     assert store.position(low.id) == 2

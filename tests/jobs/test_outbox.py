@@ -109,9 +109,9 @@ def test_one_sender_at_a_time(store: JobStore, outbox: Outbox) -> None:
 
 def test_a_dead_sender_s_delivery_becomes_due_again(store: JobStore, outbox: Outbox) -> None:
     store.cancel(submit(store))
-    first = take(outbox, 0.05)
+    first = take(outbox, 0.5)
     assert outbox.due() == []
-    time.sleep(0.06)
+    time.sleep(0.55)
     second = take(outbox)
     assert (second.id, second.attempt, second.attempts) == (first.id, 2, 2)
     # the first one was only slow: it may no longer reschedule or kill, but a success is one
@@ -125,10 +125,10 @@ def test_a_retry_waits_its_time(store: JobStore, outbox: Outbox) -> None:
     job_id = submit(store)
     store.cancel(job_id)
     delivery = take(outbox)
-    assert outbox.retry(delivery.id, 0.1, attempt=delivery.attempt, status=500, error="x" * 9999)
+    assert outbox.retry(delivery.id, 0.5, attempt=delivery.attempt, status=500, error="x" * 9999)
     assert outbox.due() == []
     assert outbox.take(delivery.id, 30) is None
-    time.sleep(0.12)
+    time.sleep(0.55)
     assert outbox.due() == [delivery.id]
     kept = outbox.get(delivery.id)
     assert kept is not None
@@ -190,6 +190,7 @@ def test_progress_is_throttled(make_store: MakeStore) -> None:
     job_id = submit(store, (WebhookEvent.PROGRESS,))
     job = store.claim("tiny", "node")
     assert job is not None
+    began = time.monotonic()
     for step in range(30):
         store.heartbeat(job_id, job.token, phase="denoising", step=step + 1, progress=step / 30)
         for due in outbox.due():
@@ -197,7 +198,7 @@ def test_progress_is_throttled(make_store: MakeStore) -> None:
             assert delivery is not None
             outbox.delivered(due, 200, attempt=delivery.attempt)
         time.sleep(0.02)
-    assert 3 <= len(outbox.for_job(job_id)) <= 5
+    assert 3 <= len(outbox.for_job(job_id)) <= (time.monotonic() - began) / 0.2 + 1
 
 
 def test_a_slow_receiver_gets_no_heap_of_progress(make_store: MakeStore) -> None:
