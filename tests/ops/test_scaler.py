@@ -117,13 +117,13 @@ def test_one_pass_orders_and_remembers_over_a_restart(settings: Settings, tmp_pa
 
 
 def test_one_leads_and_a_dead_leader_is_followed(settings: Settings) -> None:
-    first, second = (Leadership(connect(settings), 0.4) for _ in range(2))
+    first, second = (Leadership(connect(settings), 1.0) for _ in range(2))
     assert first.hold()
     assert first.hold()
     assert not second.hold()
     second.leave()  # not its own to give up
     assert not second.hold()
-    time.sleep(0.5)
+    time.sleep(1.1)
     assert second.hold()
     assert not first.hold()
     second.leave()
@@ -163,12 +163,12 @@ def loop(settings: Settings, cloud: SlowCloud, seconds: float, said: list[str]) 
 def test_a_cloud_slower_than_the_lead_does_not_cost_it(settings: Settings) -> None:
     store = JobStore(connect(settings), settings)
     store.submit(new_job())
-    slow = SlowCloud(1.0)
-    first = threading.Thread(target=loop(settings, slow, 0.4, []).one_pass)
+    slow = SlowCloud(2.0)
+    first = threading.Thread(target=loop(settings, slow, 1.0, []).one_pass)
     first.start()
-    time.sleep(0.7)  # the lead would be over by now, and the first has ordered nothing yet
+    time.sleep(1.4)  # the lead would be over by now, and the first has ordered nothing yet
     other = SlowCloud()
-    loop(settings, other, 0.4, []).one_pass()
+    loop(settings, other, 1.0, []).one_pass()
     first.join()
     assert (len(slow.rented), other.rented) == (1, [])
 
