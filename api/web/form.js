@@ -224,19 +224,19 @@ function drawCurl() {
 }
 
 export function refresh() {
-  const card = model();
+  $("prompt-count").textContent = `${[...$("prompt").value].length} / 2000`; // characters, as the API counts
+  drawCurl();
+  const card = model(); // none until the models are known
   if (!card) return;
   const frames = Number($("frame_num").value);
   $("frame-note").textContent = `${frames} · ${(frames / card.fps).toFixed(1)} s at ${card.fps} fps`;
   $("steps-note").textContent = $("sampling_steps").value;
-  $("prompt-count").textContent = `${[...$("prompt").value].length} / 2000`; // characters, as the API counts
   $("digest").textContent = `${pretty($("size").value)}, ${frames} frames, ${$("sampling_steps").value} steps`;
   const values = shapes(card);
   for (const radio of $("shapes").querySelectorAll("input")) {
     const [, shape] = values[Number(radio.value)];
     radio.checked = Object.entries(shape).every(([field, value]) => String($(field).value) === String(value));
   }
-  drawCurl();
 }
 
 export function startForm(onSubmit) {

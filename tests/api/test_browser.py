@@ -147,10 +147,16 @@ def test_another_key_sees_nothing_of_the_last(desk: Desk, keys: KeyStore) -> Non
 def test_a_telephone(desk: Desk, redis: RedisClient) -> None:
     """Nothing is wider than the screen, whatever is open and however long a word is."""
     page = desk.page(width=390, height=844)
+    held: list[Any] = []
+    page.route("**/v1/models", lambda route: held.append(route))
     desk.enter(page)
     page.emulate_media(color_scheme="dark")
     page.fill("#prompt", "\N{WATERMELON}" * 1999)  # two of JavaScript's units each
-    assert page.text_content("#prompt-count") == "1999 / 2000"
+    assert page.text_content("#prompt-count") == "1999 / 2000", "counted before the models are known"
+    assert "\N{WATERMELON}" in (page.text_content("#curl") or "")
+    eventually(lambda: page.evaluate("true") and bool(held))
+    held[0].continue_()
+    page.wait_for_selector("#submit:enabled")
     assert page.evaluate("document.querySelectorAll('#form output, #form [aria-live]').length") == 0
     page.keyboard.press("End")
     page.keyboard.type("ab")
