@@ -250,7 +250,10 @@ def running(config: LocalConfig, say: Say) -> Iterator[LocalStack]:
     The process forks here, and the block runs in the child (see `infra.reaper.guard`). Raises CliError (a
     part that cannot start, a data dir in use) or Interrupted (SIGINT, SIGTERM, SIGHUP).
     """
-    _check(config)  # before anything is started
+    if config.nodes != 1:  # one fits everywhere, and asking the driver takes time
+        _check_nodes(config.nodes)
+    if config.model is not None:
+        given_model(config.model)  # before anything is started
     lock = lock_data_dir(config.data_dir)
     try:
         guard()
@@ -271,15 +274,12 @@ def running(config: LocalConfig, say: Say) -> Iterator[LocalStack]:
         os.close(lock)
 
 
-def _check(config: LocalConfig) -> None:
-    cards, nodes = len(gpus()), config.nodes
-    expected = (
-        f"1 to {cards}: each node needs a GPU of its own, and {cards} {'is' if cards == 1 else 'are'} visible"
-    )
+def _check_nodes(nodes: int) -> None:
+    cards = len(gpus())
     if nodes < 1 or 0 < cards < nodes:
-        raise CliError(f"--nodes: got {nodes}, expected {expected if cards else '1 or more'}")
-    if config.model is not None:
-        given_model(config.model)
+        here = f"and {cards} {'is' if cards == 1 else 'are'} visible"
+        expected = f"1 to {cards}: each node needs a GPU of its own, {here}" if cards else "1 or more"
+        raise CliError(f"--nodes: got {nodes}, expected {expected}")
 
 
 def _choose_api_port(wanted: int | None, spare: int) -> int:

@@ -48,8 +48,7 @@ class Rest:
     """
 
     def __init__(self) -> None:
-        self._claiming = threading.Lock()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a claim holds it, too
         self._next = FIRST_REST
         self._until = float("-inf")  # monotonic
 
@@ -58,7 +57,7 @@ class Rest:
 
         Waits for the end of a claim under way: what the caller frees next is not for that one.
         """
-        with self._claiming, self._lock:
+        with self._lock:
             seconds, self._next = self._next, min(self._next * 2, LONGEST_REST)
             self._until = time.monotonic() + seconds
         return seconds
@@ -71,7 +70,7 @@ class Rest:
     @contextmanager
     def claiming(self) -> Iterator[float]:
         """What is `left`. If that is 0 it stays so until the block, a claim, ends."""
-        with self._claiming:
+        with self._lock:
             yield self.left
 
     @property
